@@ -1,0 +1,444 @@
+"""Qwen2-VL under plain torch: everything that the training and evaluation scripts share.
+
+From top to bottom: processes, loading and sharding, a batch of prompts on the device, the policy (prompt + completion ->
+log-probs), the actor (the plain copy that samples), and what is written to disk. No algorithm lives here: group sampling,
+rewards, advantages and losses are in grpo_video.py, cross-entropy is in sft_video.py.
+
+Two copies of the weights, on purpose:
+
+    policy   float32 masters, sharded by FSDP2, computes in bf16 on a GPU (float32 on a CPU). It learns.
+    actor    a plain Hugging Face module in the compute dtype, one whole copy per rank. It only samples.
+
+A sharded model must not sample token by token: each token would all-gather every layer (38 ms a token for 7B), and ranks
+whose completions differ in length would wait for each other forever. The actor touches no collective; refreshing it once a
+step costs one all-gather per parameter and 2 bytes of memory per weight. Another inference engine would be put in here.
+
+Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, T = P + C, V vocabulary, S vision patches,
+D hidden size, M completion tokens of all rows, without padding.
+"""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
+from transformers.utils import cached_file
+
+from data import Example, encode_prompt, patchify, rope_positions
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+LOGITS_CHUNK = 512  # completion tokens whose (chunk, V) logits exist at one time: 512 x 152,064 float32 is 0.3 GB
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+                   "chat_template.json", "chat_template.jinja")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments and processes: one command line for a laptop and for a cluster.
+
+def arg(default, meaning: str):
+    """A dataclass field with its meaning, which --help prints."""
+    return field(default=default, metadata={"help": f"{meaning} (default: {default})".replace("%", "%%")})
+
+
+def check_ranges(args, **ranges: tuple[float, float | None]) -> None:
+    """Raises ValueError for a field outside its closed range; None is no upper bound."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if not low <= value <= (math.inf if high is None else high):  # NaN fails too
+            raise ValueError(f"--{name} {value}: must be {f'>= {low}' if high is None else f'from {low} to {high}'}")
+
+
+def parse_args(args_class, toy: dict, argv: list[str] | None = None):
+    """Reads the command line into `args_class`. On the toy world (no --data_root) the defaults are `toy`'s; flags win.
+
+    Prints which values are in use and where each comes from.
+    """
+    parser = HfArgumentParser(args_class)
+    args, = parser.parse_args_into_dataclasses(argv)
+    if args.data_root == "toy":
+        parser.set_defaults(**toy)
+        args, = parser.parse_args_into_dataclasses(argv)
+    if os.environ.get("RANK", "0") == "0":
+        flags = {word.split("=")[0].lstrip("-").removeprefix("no_") for word in (sys.argv[1:] if argv is None else argv)}
+        for name, value in vars(args).items():
+            origin = "flag" if name in flags else "toy world" if args.data_root == "toy" and name in toy else "default"
+            print(f"{name:24} {value!s:40} {origin}")
+    return args
+
+
+def setup() -> tuple[int, int, torch.device]:
+    """Joins the process group and returns (rank, world_size, device).
+
+    Under torchrun the address comes from its environment variables; without it a group of one process is made, so that
+    the same code path (FSDP, collectives, checkpoints) runs everywhere. NCCL on GPUs, gloo on CPUs.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def resolve_toy(args):
+    """The same arguments with folders in place of the name "toy". Rank 0 writes the toy world if it is not there yet."""
+    if "toy" not in (args.model, args.data_root):
+        return args
+    import toy  # only here: whoever brings model and data never loads the toy world
+    if dist.get_rank() == 0:
+        toy.build()
+    dist.barrier()
+    return dataclasses.replace(args, model=str(toy.BASE) if args.model == "toy" else args.model,
+                               data_root=str(toy.ROOT) if args.data_root == "toy" else args.data_root)
+
+
+def sum_over_ranks(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
+    """Sums each value over all ranks in float64. Collective: every rank calls it with the same keys in the same order.
+
+    Metrics travel as sums and counts and are divided once, at the end: a mean of per-rank means would weigh a rank with
+    few tokens as much as one with many.
+    """
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()])
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))  # CPU-GPU sync
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading and sharding.
+
+def load_tokenizer(model: str):
+    """The tokenizer of a local folder or hub id. No code from the hub is ever run."""
+    return AutoTokenizer.from_pretrained(model)
+
+
+def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+    """Qwen2-VL from a local folder or hub id (safetensors only), on the CPU, whole on rank 0 and *empty* elsewhere.
+
+    Only rank 0 reads the file: 8 ranks of float32 7B would need 240 GB of host memory. The other ranks get the right
+    shapes on memory that is never touched, and their shards arrive by broadcast in `shard`.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "qwen2_vl":
+        raise ValueError(f"--model {model}: model_type is {config.model_type!r}, but only 'qwen2_vl' is supported")
+    if dist.get_rank() == 0:
+        return Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype, use_safetensors=True)
+    return empty_qwen(config, dtype, torch.device("cpu"))
+
+
+def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL whose weights and buffers hold no values yet. Building on "meta" skips minutes of random init for 7B."""
+    with torch.device("meta"):
+        qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
+    qwen = qwen.to_empty(device=device)
+    qwen.tie_weights()  # to_empty gives embedding and lm_head separate memory; 2B shares them, 7B does not
+    return qwen
+
+
+def shard(policy: "Policy", device: torch.device, compute_dtype: torch.dtype) -> None:
+    """FSDP2 in place: one unit for the vision tower, one per decoder layer, the root last. Collective.
+
+    Masters keep the dtype they were loaded in (float32: AdamW at lr 1e-6 moves hardly any weight that is stored in bf16);
+    weights are cast to `compute_dtype` when gathered, gradients are reduced in the masters' dtype. Embedding and lm_head
+    both stay in the root unit, because in the 2B model they are one tensor.
+    """
+    qwen, full = policy.qwen, policy.state_dict()
+    master_dtype = next(policy.parameters()).dtype
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for unit in (qwen.model.visual, *qwen.model.language_model.layers, policy):
+        fully_shard(unit, mesh=mesh, mp_policy=mixed)
+    # Until here every rank has sharded its own copy, which is real on rank 0 only.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy, full if dist.get_rank() == 0 else {}, options=options)
+    for buffer in policy.buffers():  # rotary frequencies: not part of a state dict, so empty beyond rank 0
+        dist.broadcast(buffer, 0)
+
+
+def load_policy(args, device: torch.device) -> "Policy":
+    """The sharded policy of --model, ready to learn. --dtype auto computes in bf16 on a GPU and in float32 on a CPU."""
+    compute_dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if args.dtype == "auto" else DTYPES[args.dtype]
+    master_dtype = torch.promote_types(compute_dtype, torch.float32)
+    qwen = load_qwen(args.model, master_dtype)
+    if args.gradient_checkpointing:  # keeps one activation per layer and recomputes the rest: a third more time
+        qwen.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(qwen.train(), compute_dtype)
+    shard(policy, device, compute_dtype)
+    return policy
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch of prompts on the device.
+
+@dataclass
+class Prompts:
+    """B prompts, padded on the LEFT, so that every completion starts at column P whatever its prompt's length."""
+    ids: Tensor  # (B, P) int64
+    mask: Tensor  # (B, P) bool, True where there is a token
+    position_ids: Tensor  # (3, B, P) int64: time, height, width of M-RoPE
+    next_position: Tensor  # (B,) int64: the position of the first completion token, on all three axes
+    pixel_values: Tensor  # (S, 1176) float32: the patches of all prompts, in the order of their tokens
+    grid_thw: Tensor  # (videos and images, 3) int64: patches in time, height and width
+
+
+def collate_prompts(examples: list[Example], pad_id: int, device: torch.device) -> Prompts:
+    """Left-pads prompts and concatenates their patches (a prompt's video before its image, as in its text)."""
+    B, P = len(examples), max(len(e.prompt_ids) for e in examples)
+    ids = torch.full((B, P), pad_id, dtype=torch.int64)
+    mask = torch.zeros(B, P, dtype=torch.bool)
+    position_ids = torch.zeros(3, B, P, dtype=torch.int64)
+    pixel_values, grid_thw = [], []
+    for b, example in enumerate(examples):
+        start = P - len(example.prompt_ids)
+        ids[b, start:] = example.prompt_ids
+        mask[b, start:] = True
+        position_ids[:, b, start:] = example.position_ids
+        for pixels, grid in ((example.pixel_values_videos, example.video_grid_thw),
+                             (example.pixel_values, example.image_grid_thw)):
+            if pixels is not None:
+                pixel_values.append(pixels)
+                grid_thw.append(grid)
+    # Not P: a video of 648 tokens advances the positions by 9 only (its largest grid side after the 2x2 merge).
+    next_position = position_ids.amax((0, 2)) + 1
+    batch = Prompts(ids, mask, position_ids, next_position, torch.cat(pixel_values), torch.cat(grid_thw))
+    return Prompts(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
+
+
+def blank_example(example: Example, tokenizer, config) -> Example:
+    """Stands in for a sample whose pixels cannot be read: its rows get weight 0 and count in no statistic.
+
+    It is there because every rank must run as many forward passes as the others: FSDP gathers weights in each.
+    """
+    pixels, grid = patchify(np.zeros((1, 28, 28, 3), np.uint8))
+    ids = encode_prompt(tokenizer, "-", image_grid_thw=grid)
+    return dataclasses.replace(example, prompt_ids=ids, pixel_values=pixels, image_grid_thw=grid, position_ids=rope_positions(
+        ids, [grid], config.image_token_id, config.video_token_id))
+
+
+def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
+    """Token embeddings with the vision tower's outputs in the places of the vision tokens: (B, P, D)."""
+    embeds = qwen.get_input_embeddings()(prompts.ids)  # (B, P, D)
+    # One pass for videos and images alike: to the tower an image is a video of one temporal patch.
+    vision = qwen.model.visual(prompts.pixel_values, grid_thw=prompts.grid_thw).pooler_output  # (S / 4, D)
+    is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
+    return embeds.masked_scatter(is_vision[..., None], vision.to(embeds.dtype))
+
+
+def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer) -> list[int]:
+    """Tokens that end a completion: the turn's end, <|im_end|>, and whatever else the generation config names.
+
+    This list is all that is ever taken from the generation config. Qwen2-VL ships top_k=1 in it: code that inherits its
+    sampling options draws G identical completions and every advantage is 0.
+    """
+    ends = qwen.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return sorted({tokenizer.convert_tokens_to_ids("<|im_end|>"), *ends})
+
+
+def vision_token_ids(qwen: Qwen2VLForConditionalGeneration) -> list[int]:
+    """Tokens that stand for pixels. A completion with one of them has no pixels for it and crashes the next forward."""
+    config = qwen.config
+    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The policy: log-probs of completions, and nothing else.
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+                banned_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """log softmax(weight @ hidden / temperature)[target] and the entropy of that distribution, chunk by chunk.
+
+    The (M, V) logits never exist at once, neither forward nor backward (each chunk is recomputed there): V is 152,064, and
+    one group of 8 x 512 tokens would take 2.5 GB in float32, several times over. Softmax runs in float32 at least: in bf16
+    the log-prob of a likely token is off by more than one update moves it.
+
+    Args: hidden (M, D), the states that predict; weight (V, D) of lm_head; targets (M,) int64; `temperature` > 0 and
+        `banned_ids` exactly as in sampling, or the trained policy is not the one that sampled.
+    Returns: logps (M,) and entropy (M,), nats, float32 (float64 for float64 input); the entropy carries no gradient.
+    """
+    def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)  # (chunk, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        if banned_ids:
+            logits[:, banned_ids] = float("-inf")
+        logps = logits.log_softmax(-1)
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    chunks = [checkpoint(one_chunk, h, t, use_reentrant=False)
+              for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))]
+    logps, entropy = zip(*chunks)
+    return torch.cat(logps), torch.cat(entropy)
+
+
+class Policy(nn.Module):
+    """pi_theta: the FSDP root around Qwen2-VL. All that must run on gathered weights happens inside its one forward."""
+
+    def __init__(self, qwen: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype):
+        super().__init__()
+        self.qwen, self.compute_dtype = qwen, compute_dtype
+
+    def forward(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor,
+                temperature: float = 1.0, banned_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """log pi(o_t | q, o_<t) for every completion token, teacher-forced.
+
+        Args: row_prompt (N,) int64, which prompt each row continues (rows of one group share its vision pass);
+            completion_ids (N, C) int64, padded on the right; completion_mask (N, C) bool, True up to and including the end
+            token; temperature and banned_ids as in `token_logps`.
+        Returns: logps (N, C) and entropy (N, C), float32, 0 where the mask is False.
+        Collective under FSDP: every rank calls it equally often.
+        """
+        text_model = self.qwen.model.language_model
+        C = completion_ids.shape[1]
+        embeds = torch.cat([embed_prompts(self.qwen, prompts)[row_prompt],
+                            self.qwen.get_input_embeddings()(completion_ids)], dim=1)  # (N, T, D)
+        attention_mask = torch.cat([prompts.mask[row_prompt], completion_mask], dim=1)  # (N, T)
+        # Completion token k sits at next_position + k on all three axes.
+        steps = torch.arange(C, device=completion_ids.device)
+        completion_positions = (prompts.next_position[row_prompt, None] + steps).expand(3, -1, -1)  # (3, N, C)
+        position_ids = torch.cat([prompts.position_ids[:, row_prompt], completion_positions], dim=2)  # (3, N, T)
+        hidden = text_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                            use_cache=False).last_hidden_state  # (N, T, D)
+        # The state at column t predicts token t + 1, so the C states from the prompt's last column on are all we need:
+        # prompt tokens get no logits and no gradient of their own.
+        hidden = hidden[:, -C - 1:-1]  # (N, C, D)
+        logps, entropy = token_logps(hidden[completion_mask], self.qwen.lm_head.weight, completion_ids[completion_mask],
+                                     temperature, banned_ids)
+        zeros = torch.zeros(completion_mask.shape, dtype=logps.dtype, device=logps.device)
+        return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
+
+
+def completion_mask_from(lengths: Tensor, C: int) -> Tensor:
+    """(N,) lengths, end token included -> (N, C) bool. From lengths, never from `ids != pad`: pad may be an end token."""
+    return torch.arange(C, device=lengths.device) < lengths[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The actor, and the way from shards to whole weights.
+
+@torch.no_grad()
+def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None) -> None:
+    """Gathers every parameter, cast to the compute dtype first (half the traffic), into `target`; None only takes part.
+
+    Collective. Writes in place: the actor's addresses never move.
+    """
+    targets = target.parameters() if target is not None else [None] * len(list(policy.qwen.parameters()))
+    for source, destination in zip(policy.qwen.parameters(), targets, strict=True):
+        whole = source.to(policy.compute_dtype).full_tensor()
+        if destination is not None:
+            destination.copy_(whole)
+
+
+@torch.no_grad()
+def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """An unsharded Qwen2-VL in the compute dtype; `copy_weights` fills it. Rotary buffers stay float32."""
+    qwen = empty_qwen(policy.qwen.config, policy.compute_dtype, device).eval().requires_grad_(False)
+    for buffer, source in zip(qwen.buffers(), policy.qwen.buffers(), strict=True):
+        buffer.copy_(source)
+    qwen.generation_config = policy.qwen.generation_config
+    return qwen
+
+
+def make_actor(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """The copy that samples, equal to the policy. Call `copy_weights(policy, actor)` after each optimizer step."""
+    actor = plain_copy(policy, device)
+    copy_weights(policy, actor)
+    return actor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written: an ordinary Hugging Face folder at the end, and checkpoints to resume from on the way.
+
+def open_run(args) -> Path:
+    """Makes args.output_dir and writes args.json into it. A run that is there already is moved aside, never overwritten."""
+    output_dir = Path(args.output_dir)
+    if dist.get_rank() == 0:
+        if not args.resume and (output_dir / "args.json").exists():
+            old = next(path for n in itertools.count(1) if not (path := Path(f"{output_dir}.old{n}")).exists())
+            output_dir.rename(old)
+            print(f"{output_dir} held a run already: it is now {old} (give --resume to continue it instead)")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    dist.barrier()
+    return output_dir
+
+
+def append_jsonl(path: Path, record: dict) -> None:
+    """Adds one line to a JSONL file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def export(policy: Policy, tokenizer, source: str, output_dir: Path) -> None:
+    """Writes weights, configs, tokenizer and processor files that `from_pretrained` and other tools can read. Collective.
+
+    Weights are saved in the compute dtype, which is what the actor sampled with. `source` is the --model the run began
+    with: its processor files are copied, since training does not change them.
+    """
+    whole = plain_copy(policy, torch.device("cpu")) if dist.get_rank() == 0 else None
+    copy_weights(policy, whole)
+    if whole is not None:
+        whole.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        for name in PROCESSOR_FILES:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if path is not None:
+                shutil.copyfile(path, output_dir / name)
+    dist.barrier()
+
+
+def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Saves masters and optimizer state after `step` steps, each rank its shards; older checkpoints go. Collective.
+
+    The step number is all the rest of the state there is: data order, options and sampling noise are functions of it.
+    """
+    folder = output_dir / "checkpoints" / f"step_{step:06d}"
+    state = {"model": get_model_state_dict(policy), "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        for old in folder.parent.glob("step_*"):
+            if old != folder:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """Restores the newest complete checkpoint in place and returns its step. Collective.
+
+    Any number of ranks may resume what any other number has saved. Load only checkpoints that you trust: the format holds
+    pickles, so a checkpoint folder is code.
+    """
+    # `.metadata` is written last: a folder without it is from a run that died while saving.
+    complete = sorted(path.parent for path in (output_dir / "checkpoints").glob("step_*/.metadata"))
+    if not complete:
+        raise ValueError(f"--resume: no complete checkpoint in {output_dir / 'checkpoints'}; start without --resume")
+    state = {"model": get_model_state_dict(policy), "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    dcp.load(state, checkpoint_id=complete[-1])
+    set_model_state_dict(policy, state["model"])
+    set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+    step = int(complete[-1].name.removeprefix("step_"))
+    metrics = output_dir / "metrics.jsonl"
+    if dist.get_rank() == 0 and metrics.exists():  # steps after the checkpoint will be run, and logged, once more
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+    return step
