@@ -36,12 +36,12 @@ import dataclasses
 import random
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -172,7 +172,7 @@ def token_weights(mask: Tensor, loss_agg: str, num_rows: float, num_tokens: floa
 
 @torch.no_grad()
 def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temperature: float,
-             generators: list[torch.Generator] | None, end_ids: list[int], banned_ids: list[int]
+             generators: list[torch.Generator] | None, end_ids: list[int], banned_ids: Tensor
              ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples G completions for each of B prompts.
 
@@ -201,8 +201,7 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
     done = torch.zeros(N, dtype=torch.bool, device=device)
     for k in range(max_new_tokens):
         logits = actor.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, V)
-        logits[:, banned_ids] = float("-inf")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, banned_ids, -torch.inf)  # (N, V)
         # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
         log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
         scores = log_probs
@@ -221,7 +220,7 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
             break
         hidden = text_model(inputs_embeds=actor.get_input_embeddings()(token[:, None]),
                             attention_mask=mask[:, :prompts.ids.shape[1] + k + 1],
-                            position_ids=(next_position + k).expand(3, 1, -1).transpose(1, 2),  # (3, N, 1)
+                            position_ids=(next_position + k)[None, :, None].expand(3, -1, -1),  # (3, N, 1)
                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     completion_ids, logps = torch.stack(tokens, dim=1), torch.stack(logps, dim=1)  # (N, C)
     is_end = torch.isin(completion_ids, ends)
@@ -247,7 +246,7 @@ class Rollout:
 
 
 def sample_groups(actor, examples: list[Example], step: int, args: Args, pad_id: int, end_ids: list[int],
-                  banned_ids: list[int]) -> Rollout:
+                  banned_ids: Tensor) -> Rollout:
     """Samples G completions for each example, `rollout_prompts` prompts at a time."""
     device = actor.device
     parts = []
@@ -258,8 +257,8 @@ def sample_groups(actor, examples: list[Example], step: int, args: Args, pad_id:
         parts.append(generate(actor, collate_prompts(chunk, pad_id, device), args.group_size, args.max_completion_length,
                               args.temperature, generators, end_ids, banned_ids))
     C = max(ids.shape[1] for ids, _, _ in parts)
-    completion_ids = torch.cat([torch.nn.functional.pad(ids, (0, C - ids.shape[1]), value=pad_id) for ids, _, _ in parts])
-    logps = torch.cat([torch.nn.functional.pad(logps, (0, C - logps.shape[1])) for _, _, logps in parts])
+    completion_ids = torch.cat([F.pad(ids, (0, C - ids.shape[1]), value=pad_id) for ids, _, _ in parts])
+    logps = torch.cat([F.pad(logps, (0, C - logps.shape[1])) for _, _, logps in parts])
     lengths = torch.cat([lengths for _, lengths, _ in parts])
     return Rollout(examples, completion_ids, lengths, completion_mask_from(lengths, C), logps)
 
@@ -282,7 +281,7 @@ def format_reward(completion: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning: log-probs of a rollout's rows, a micro-batch at a time.
 
-def rows_logps(model, rollout: Rollout, rows: range, args: Args, pad_id: int, banned_ids: list[int]) -> tuple[Tensor, Tensor]:
+def rows_logps(model, rollout: Rollout, rows: range, args: Args, pad_id: int, banned_ids: Tensor) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_<t) and entropy, both (len(rows), C), of consecutive rows of a rollout. Collective."""
     G, device = args.group_size, rollout.lengths.device
     first, last = rows.start // G, (rows.stop - 1) // G  # the prompts these rows continue: each is encoded once
@@ -293,7 +292,7 @@ def rows_logps(model, rollout: Rollout, rows: range, args: Args, pad_id: int, ba
 
 
 @torch.no_grad()
-def score(model, rollout: Rollout, batches: list[range], args: Args, pad_id: int, banned_ids: list[int]) -> Tensor:
+def score(model, rollout: Rollout, batches: list[range], args: Args, pad_id: int, banned_ids: Tensor) -> Tensor:
     """Log-probs (N, C) of a whole rollout, without gradient: for pi_old and pi_ref. Collective."""
     return torch.cat([rows_logps(model, rollout, rows, args, pad_id, banned_ids)[0] for rows in batches])
 
@@ -326,16 +325,16 @@ def main(args: Args) -> Path:
     # 2 model
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args, device)
-    reference = load_policy(args, device).eval().requires_grad_(False) if args.kl_coef > 0 else None
+    reference = load_policy(args, device, frozen=True) if args.kl_coef > 0 else None
     actor = make_actor(policy, device)
-    pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(policy.qwen, tokenizer), vision_token_ids(policy.qwen)
+    pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
 
     # 3 data
     samples = load_samples(args.train_file, args.data_root)[:args.max_samples or None]
-    if samples[0].response:
+    if any(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: these records are for SFT (they have a 'response' and no gold answer); "
                          "GRPO needs the training shape, such as training_6k.jsonl")
-    num_steps = args.max_steps or args.num_epochs * len(samples) // args.prompts_per_step
+    num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), args.seed)
 
     # 4 optimizer
@@ -402,7 +401,7 @@ def main(args: Args) -> Path:
         seconds["score_s"] = clock() - start - sum(seconds.values())
 
         # 6e update
-        sums = Counter()
+        sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "actor_gap"), 0.0)
         for update in range(args.num_updates):
             # ABLATE: schedule. Linear to 0 over all updates of the run, as published.
             lr = args.learning_rate * (1 - (step * args.num_updates + update) / (num_steps * args.num_updates))
@@ -418,9 +417,10 @@ def main(args: Args) -> Path:
                 loss = (token_loss * weights[part]).sum()
                 # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()
-                m = mask[part]
-                sums.update(loss=loss.detach(), kl=kl[m].sum(), entropy=entropy[m].sum(), clipped=clipped[m].sum(),
-                            actor_gap=(logps.detach() - rollout.logps[part])[m].abs().sum())
+                sums["loss"] += loss.detach()
+                actor_gap = (logps.detach() - rollout.logps[part]).abs()
+                for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped), ("actor_gap", actor_gap)):
+                    sums[name] += value[mask[part]].sum()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
             if not np.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; resume from the last checkpoint with a "
@@ -431,7 +431,7 @@ def main(args: Args) -> Path:
         seconds["update_s"] = clock() - start - sum(seconds.values())
 
         # 6f log
-        sums = sum_over_ranks(dict(sums), device)
+        sums = sum_over_ranks(sums, device)
         step_s = sum(seconds.values())
         token_updates = counts["tokens"] * args.num_updates
         metrics = {

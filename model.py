@@ -53,7 +53,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 
 def arg(default, meaning: str):
     """A dataclass field with its meaning, which --help prints."""
-    return field(default=default, metadata={"help": f"{meaning} (default: {default})".replace("%", "%%")})
+    return field(default=default, metadata={"help": meaning.replace("%", "%%")})
 
 
 def check_ranges(args, **ranges: tuple[float, float | None]) -> None:
@@ -132,15 +132,21 @@ def load_tokenizer(model: str):
     return AutoTokenizer.from_pretrained(model)
 
 
+def check_qwen2_vl(model: str):
+    """The config of --model; ValueError if it is another kind of model."""
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "qwen2_vl":
+        raise ValueError(f"--model {model}: its model_type is {config.model_type!r}; give a Qwen2-VL ('qwen2_vl')")
+    return config
+
+
 def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL from a local folder or hub id (safetensors only), on the CPU, whole on rank 0 and *empty* elsewhere.
 
     Only rank 0 reads the file: 8 ranks of float32 7B would need 240 GB of host memory. The other ranks get the right
     shapes on memory that is never touched, and their shards arrive by broadcast in `shard`.
     """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != "qwen2_vl":
-        raise ValueError(f"--model {model}: model_type is {config.model_type!r}, but only 'qwen2_vl' is supported")
+    config = check_qwen2_vl(model)
     if dist.get_rank() == 0:
         return Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype, use_safetensors=True)
     return empty_qwen(config, dtype, torch.device("cpu"))
@@ -155,16 +161,16 @@ def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForCo
     return qwen
 
 
-def shard(policy: "Policy", device: torch.device, compute_dtype: torch.dtype) -> None:
+def shard(policy: "Policy", device: torch.device) -> None:
     """FSDP2 in place: one unit for the vision tower, one per decoder layer, the root last. Collective.
 
     Masters keep the dtype they were loaded in (float32: AdamW at lr 1e-6 moves hardly any weight that is stored in bf16);
-    weights are cast to `compute_dtype` when gathered, gradients are reduced in the masters' dtype. Embedding and lm_head
+    weights are cast to the compute dtype when gathered, gradients are reduced in the masters' dtype. Embedding and lm_head
     both stay in the root unit, because in the 2B model they are one tensor.
     """
     qwen, full = policy.qwen, policy.state_dict()
     master_dtype = next(policy.parameters()).dtype
-    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype)
+    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=master_dtype)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in (qwen.model.visual, *qwen.model.language_model.layers, policy):
         fully_shard(unit, mesh=mesh, mp_policy=mixed)
@@ -175,15 +181,29 @@ def shard(policy: "Policy", device: torch.device, compute_dtype: torch.dtype) ->
         dist.broadcast(buffer, 0)
 
 
-def load_policy(args, device: torch.device) -> "Policy":
-    """The sharded policy of --model, ready to learn. --dtype auto computes in bf16 on a GPU and in float32 on a CPU."""
-    compute_dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if args.dtype == "auto" else DTYPES[args.dtype]
-    master_dtype = torch.promote_types(compute_dtype, torch.float32)
-    qwen = load_qwen(args.model, master_dtype)
-    if args.gradient_checkpointing:  # keeps one activation per layer and recomputes the rest: a third more time
-        qwen.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(qwen.train(), compute_dtype)
-    shard(policy, device, compute_dtype)
+def compute_dtype(args, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, where auto is bf16 on a GPU and float32 on a CPU."""
+    if args.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype!r}: must be auto or one of {', '.join(DTYPES)}")
+    return DTYPES[args.dtype]
+
+
+def load_policy(args, device: torch.device, frozen: bool = False) -> "Policy":
+    """The sharded policy of --model, ready to learn: masters in float32 (float64 where that is the compute dtype).
+
+    `frozen` gives a reference that never learns. It is kept in the compute dtype: masters would be cast to it anyway.
+    """
+    dtype = compute_dtype(args, device)
+    qwen = load_qwen(args.model, dtype if frozen else torch.promote_types(dtype, torch.float32))
+    qwen.train(not frozen).requires_grad_(not frozen)
+    if args.gradient_checkpointing and not frozen:  # keeps one activation per layer and recomputes the rest: a third more time
+        # transformers 5 has renamed the method; its older releases know the older name only.
+        enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    policy = Policy(qwen, dtype)
+    shard(policy, device)
     return policy
 
 
@@ -255,17 +275,18 @@ def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer) -> list[int]
     return sorted({tokenizer.convert_tokens_to_ids("<|im_end|>"), *ends})
 
 
-def vision_token_ids(qwen: Qwen2VLForConditionalGeneration) -> list[int]:
+def vision_token_ids(qwen: Qwen2VLForConditionalGeneration, device: torch.device) -> Tensor:
     """Tokens that stand for pixels. A completion with one of them has no pixels for it and crashes the next forward."""
     config = qwen.config
-    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    return torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id,
+                         config.vision_end_token_id], device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The policy: log-probs of completions, and nothing else.
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
-                banned_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
+                banned_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log softmax(weight @ hidden / temperature)[target] and the entropy of that distribution, chunk by chunk.
 
     The (M, V) logits never exist at once, neither forward nor backward (each chunk is recomputed there): V is 152,064, and
@@ -279,8 +300,8 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)  # (chunk, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        if banned_ids:
-            logits[:, banned_ids] = float("-inf")
+        if banned_ids is not None:
+            logits = logits.index_fill(1, banned_ids, -torch.inf)
         logps = logits.log_softmax(-1)
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
         return logps.gather(-1, targets[:, None])[:, 0], entropy
@@ -299,7 +320,7 @@ class Policy(nn.Module):
         self.qwen, self.compute_dtype = qwen, compute_dtype
 
     def forward(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor,
-                temperature: float = 1.0, banned_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
+                temperature: float = 1.0, banned_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log pi(o_t | q, o_<t) for every completion token, teacher-forced.
 
         Args: row_prompt (N,) int64, which prompt each row continues (rows of one group share its vision pass);
@@ -364,6 +385,13 @@ def make_actor(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
     actor = plain_copy(policy, device)
     copy_weights(policy, actor)
     return actor
+
+
+def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """The model of --model as an actor that nobody trains, for evaluation: read by each rank for itself."""
+    check_qwen2_vl(args.model)
+    actor = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype=compute_dtype(args, device), use_safetensors=True)
+    return actor.to(device).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

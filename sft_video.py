@@ -107,7 +107,7 @@ def main(args: Args) -> Path:
 
     # 3 data
     samples = load_samples(args.train_file, args.data_root)[:args.max_samples or None]
-    if not samples[0].response:
+    if not all(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: its records have no 'response' to learn from; SFT needs the shape of "
                          "training_with_cot_6k.jsonl ('prompt' messages and a 'response')")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)

@@ -1,0 +1,619 @@
+"""From a dataset file to tensors: what SEED-Bench-R1 and LongVideoBench give, and what Qwen2-VL reads.
+
+The page is in the order in which data flows:
+    records   a JSONL file, or a JSON list, in one of four shapes -> `Sample`
+    options   the right action and three wrong ones, shuffled by (seed, epoch, sample_id) -> the text of the user turn
+    pixels    an mp4 and a png -> uint8 frames (decoded in a child process, since decord can hang or crash) -> patches
+    tokens    the chat prompt with its special tokens, and the (time, height, width) position of each token
+    answers   a completion -> the letter that it answers with, or None
+    loading   (epoch, index) -> `Example`, ahead of training; which pairs belong to a step follows from its number
+
+Letters: P prompt tokens, F frames, S vision patches.
+References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import decord  # here and not where it is used, so that the children that decode do not pay for the import
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records: a dataset file becomes samples, and whatever is wrong with it is said with its place and its fix.
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, whatever file shape it came from; the fields that its shape does not have stay empty."""
+
+    sample_id: str  # unique within its file; ints become str
+    question: str  # for the SFT shape the whole user text, used verbatim
+    video: Path | None  # resolved, inside the data root; whether the file is there shows when it is read
+    image: Path | None
+    answer: str = ""  # training: the text of the right action
+    negatives: tuple[str, ...] = ()  # training: the texts of wrong actions
+    options: tuple[str, ...] = ()  # validation, LongVideoBench: fixed options, in order
+    gold: str = ""  # validation, LongVideoBench: the letter of the right one
+    response: str = ""  # SFT: the whole assistant text, reasoning and answer
+    group: str = ""  # `domain` (L3), `duration_group` (LongVideoBench)
+    goal: str = ""  # `task_goal`
+    progress: tuple[str, ...] = ()  # `narration_text` of the steps done so far
+
+
+SYSTEM = "You are a helpful assistant."  # the system line of every prompt, as in Qwen2-VL's chat template
+
+# The tokenizer obeys special tokens wherever they stand: a question with <|im_end|> in it would end the user's turn,
+# <|video_pad|> would ask for pixels that are not there. Half a surrogate pair is no text, and would crash it.
+FORBIDDEN = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_texts(value: object, least: int = 1, most: float = math.inf) -> bool:
+    return isinstance(value, list) and least <= len(value) <= most and all(map(is_text, value))
+
+
+def is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+# What a field may hold: the words of the error message, and the test. `type(v) is int`, because True is an int as well.
+ID = ("an integer or a non-empty string", lambda v: type(v) is int or is_text(v))
+INDEX = ("an integer from 0", lambda v: type(v) is int and v >= 0)
+TEXT = ("a non-empty string", is_text)
+TEXTS = ("a list of one or more non-empty strings", is_texts)
+CHOICES = ("a list of 2 to 5 non-empty strings", lambda v: is_texts(v, 2, 5))
+LETTER = ("'A', 'B', 'C' or 'D'", lambda v: v in ("A", "B", "C", "D"))
+MESSAGES = ("a list of chat messages", is_objects)
+STEPS = (
+    "a list of objects with a 'narration_text', empty if there is no video",
+    lambda v: is_objects(v) and all(is_text(step.get("narration_text")) for step in v),
+)
+
+# The four shapes. A record has the shape of which it has the largest part (the first of equals), whatever its file is
+# called; its further fields are ignored. A `?` marks a field that may be absent or "".
+EGOPLAN = {
+    "sample_id": ID, "video_source": TEXT, "task_goal": TEXT, "question": TEXT, "task_progress_metadata": STEPS,
+    "video_basename?": TEXT, "current_observation_basename": TEXT,
+}  # fmt: skip
+SHAPES = {
+    "SFT": {"sample_id?": ID, "prompt": MESSAGES, "response": TEXT},
+    "training": {**EGOPLAN, "answer": TEXT, "negative_answers": TEXTS},
+    "validation": {
+        **EGOPLAN, "choice_a": TEXT, "choice_b": TEXT, "choice_c": TEXT, "choice_d": TEXT,
+        "golden_choice_idx": LETTER, "domain?": TEXT,
+    },
+    "LongVideoBench": {
+        "id": ID, "question": TEXT, "candidates": CHOICES, "correct_choice": INDEX, "video_path": TEXT,
+        "duration_group?": ID,
+    },
+}  # fmt: skip
+
+
+def load_samples(path: str | Path, data_root: str | Path) -> list[Sample]:
+    """Read a dataset file (JSONL, or one JSON list) of any of the four shapes.
+
+    `data_root` holds videos/ and images/; a relative `path` is looked up there too (annotations/training_6k.jsonl).
+    Raises ValueError with file, line (or record) number, field, value and fix for anything malformed. A video that is
+    missing or broken is no such error: it makes a bad sample, which is counted when it is read.
+    """
+    root = Path(data_root).resolve()
+    path = root / path
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give a JSONL file or a JSON list, in UTF-8") from None
+    if content.lstrip().startswith("["):
+        unit, records = "record", list(enumerate(parse_json(content, path), start=1))
+    else:  # split at "\n" alone: splitlines would also cut at U+2028, which may stand inside a string
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+        unit, records = "line", [(number, parse_json(line, f"{path}, line {number}")) for number, line in lines]
+    if not records:
+        raise ValueError(f"{path}: has no records; write one JSON object per line")
+    samples: dict[str, Sample] = {}
+    for number, record in records:
+        try:
+            sample = parse_record(record, number, root)
+            if sample.sample_id in samples:
+                raise ValueError(f"the id {sample.sample_id!r} has been used before; give every record its own")
+        except ValueError as error:
+            raise ValueError(f"{path}, {unit} {number}: {error}") from None
+        samples[sample.sample_id] = sample
+    return list(samples.values())
+
+
+def parse_json(text: str, place: str | Path) -> object:
+    # Table libraries give every object every key of the table, and null to most of them: a null key counts as absent.
+    drop_nulls = lambda item: {key: value for key, value in item.items() if value is not None}
+    try:
+        return json.loads(text, object_hook=drop_nulls)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place}: is not JSON ({error}): {text[:80]!r}; write one JSON object per line") from None
+
+
+def parse_record(record: object, number: int, root: Path) -> Sample:
+    """One JSON record -> Sample. Raises ValueError with field, value and fix; the caller adds the place."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is {record!r:.80}; it must be a JSON object")
+    # The nearest shape rather than the only one that fits, so that an error can name the field that is missing.
+    required = {name: [field for field in fields if not field.endswith("?")] for name, fields in SHAPES.items()}
+    shape = max(SHAPES, key=lambda name: sum(field in record for field in required[name]) / len(required[name]))
+    for field, (wanted, holds) in SHAPES[shape].items():
+        name = field.removesuffix("?")
+        if name != field and record.setdefault(name, "") == "":
+            continue
+        if name not in record:
+            raise ValueError(f"field {name!r} is missing; a {shape} record must have it, as {wanted}")
+        if not holds(record[name]):
+            raise ValueError(f"field {name!r} is {record[name]!r:.200}; it must be {wanted}")
+        if found := FORBIDDEN.search(json.dumps(record[name], ensure_ascii=False)):
+            raise ValueError(f"field {name!r} has {found.group()!r} in its text; take it out or spell it differently")
+
+    if shape == "SFT":
+        text, video, image = parse_messages(record["prompt"])
+        return Sample(
+            sample_id=str(number if record["sample_id"] == "" else record["sample_id"]),
+            question=text, response=record["response"],
+            video=inside(root, "prompt", video) if video else None,
+            image=inside(root, "prompt", image) if image else None,
+        )  # fmt: skip
+
+    if shape == "LongVideoBench":
+        options, gold = tuple(map(one_line, record["candidates"])), record["correct_choice"]
+        if gold >= len(options):
+            raise ValueError(f"field 'correct_choice' is {gold}; it must be below the number of candidates")
+        return Sample(
+            sample_id=str(record["id"]), question=record["question"], group=str(record["duration_group"]),
+            video=inside(root, "video_path", "videos", record["video_path"]), image=None,
+            options=options, gold=string.ascii_uppercase[gold],
+        )  # fmt: skip
+
+    # Training and validation. The clips are already cut, so the frame numbers of the steps are not used.
+    source = record["video_source"]
+    progress = tuple(step["narration_text"] for step in record["task_progress_metadata"])
+    if progress and not record["video_basename"]:
+        raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their clip")
+    if shape == "training":
+        answer, negatives = one_line(record["answer"]), tuple(map(one_line, record["negative_answers"]))
+        if set(negatives) == {answer}:
+            raise ValueError(f"field 'negative_answers' has nothing but the answer {answer!r}; give a wrong action")
+        choice = dict(answer=answer, negatives=negatives)
+    else:
+        options = tuple(one_line(record[f"choice_{letter}"]) for letter in "abcd")
+        choice = dict(options=options, gold=record["golden_choice_idx"], group=record["domain"])
+    return Sample(
+        sample_id=str(record["sample_id"]), question=record["question"], goal=record["task_goal"], progress=progress,
+        video=inside(root, "video_basename", "videos", source, record["video_basename"]) if progress else None,
+        image=inside(root, "current_observation_basename", "images", source, record["current_observation_basename"]),
+        **choice,
+    )  # fmt: skip
+
+
+def parse_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
+    """The prompt of an SFT record -> (user text, video path or None, image path or None).
+
+    One user message: a video (if any), an image (if any) and one text, in this order. Before it may stand the default
+    system message, which every prompt here has (`encode_prompt`); any other would be lost, so it is refused.
+    """
+    default = {"role": "system", "content": SYSTEM}, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    if messages and messages[0] in default:
+        messages = messages[1:]
+    if [message.get("role") for message in messages] != ["user"]:
+        raise ValueError(f"field 'prompt' is {messages!r:.200}; it must be one message of role 'user', and before "
+                         f"it nothing but the default system message, {SYSTEM!r}")
+    content = messages[0].get("content")
+    found: dict[str, str] = {}
+    for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind not in ("video", "image", "text") or kind in found or not is_text(item.get(kind)):
+            raise ValueError(f"field 'prompt' has the item {item!r:.200}; it must be the only one of its type, and "
+                             "look like {'type': 'text', 'text': ...}, or the same with 'image' or 'video' and a path")
+        found[kind] = item[kind]
+    if list(found) != [kind for kind in ("video", "image", "text") if kind in found or kind == "text"]:
+        raise ValueError(f"field 'prompt' has the items {list(found)}; write video (if any), image (if any), text")
+    return found["text"], found.get("video"), found.get("image")
+
+
+def one_line(text: str) -> str:
+    """An option takes one line of the prompt; with a newline in it, it could pass for two."""
+    return " ".join(text.split())
+
+
+def inside(root: Path, field: str, *parts: str) -> Path:
+    """The path of `parts` below the (resolved) data root, resolved, and still below it; else ValueError.
+
+    Dataset files come from strangers: an absolute path, `..` or a link out of the root would let them choose any file.
+    """
+    fix = f"name a file below the data root {root}: no absolute path, no '..', no link out of it, no URL"
+    if any("\0" in part or "://" in part or Path(part).is_absolute() or ".." in Path(part).parts for part in parts):
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}; {fix}")
+    try:
+        path = root.joinpath(*parts).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, a name too long
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r} ({error}); {fix}") from None
+    if not path.is_relative_to(root):
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}, which is {path}; {fix}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, and the text of the user turn.
+
+NUM_NEGATIVES = 3  # four options as in the validation files, so that chance is 25%
+INSTRUCTION = "Output the reasoning in <think></think> and the letter of the final answer in <answer></answer>."
+
+
+def build_options(sample: Sample, seed: int, epoch: int) -> tuple[tuple[str, ...], str]:
+    """The options of a sample and the letter of the right one.
+
+    Training: the answer and three distinct negatives (all, where there are fewer), shuffled. Validation: as they are in
+    the file, never shuffled. SFT: ((), ""), its options are part of its text.
+
+    The draw follows from (seed, epoch, sample_id) and from nothing else: it is the same on every rank, in every worker,
+    in whatever order samples are read, and after a resume. `hash` would not do, Python salts it anew in each process;
+    `Random` seeds itself from a string by SHA-512.
+    """
+    if not sample.answer:
+        return sample.options, sample.gold
+    rng = random.Random(f"{seed}/{epoch}/{sample.sample_id}")
+    # dict.fromkeys drops duplicates and keeps the order; the order of a set of strings would be salted too.
+    negatives = [text for text in dict.fromkeys(sample.negatives) if text != sample.answer]
+    options = [sample.answer, *rng.sample(negatives, min(NUM_NEGATIVES, len(negatives)))]
+    rng.shuffle(options)
+    return tuple(options), string.ascii_uppercase[options.index(sample.answer)]
+
+
+def user_text(question: str, options: tuple[str, ...]) -> str:
+    """The question, a line "A. ..." for each option, the instruction. Without options (SFT): the question, verbatim."""
+    if not options:
+        return question
+    lines = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
+    return "\n".join([question, *lines, INSTRUCTION])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels: files become uint8 frames, frames become the patches of Qwen2-VL's vision tower.
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in [0, 1]
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE = 14, 2, 2  # a patch: 14 x 14 pixels of 2 frames; a token: 2 x 2 patches
+TOKEN_SIZE = PATCH_SIZE * MERGE_SIZE  # 28 pixels
+
+
+@dataclass(frozen=True)
+class Frames:
+    """How pixels are read. The defaults are the paper's: 16 frames become 648 tokens, an image 81."""
+
+    fps: float = 2.0  # frames taken per second of clip, > 0
+    min_frames: int = 4  # at least this many; even, >= 2
+    num_frames: int = 16  # at most this many; even, >= min_frames
+    image_size: int = 252  # every frame and image becomes a square of this many pixels; a multiple of 28
+    timeout_s: float = 60.0  # a clip that takes longer to decode is a bad sample
+
+    def __post_init__(self) -> None:
+        for field, holds, fix in (
+            ("fps", 0 < self.fps < math.inf, "be above 0"),
+            ("min_frames", self.min_frames >= 2 and self.min_frames % 2 == 0, "be even, >= 2"),
+            ("num_frames", self.num_frames >= self.min_frames and self.num_frames % 2 == 0, "be even, >= min_frames"),
+            ("image_size", self.image_size > 0 and self.image_size % TOKEN_SIZE == 0, f"be a multiple of {TOKEN_SIZE}"),
+            ("timeout_s", 0 < self.timeout_s < math.inf, "be above 0"),
+        ):
+            if not holds:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must {fix}")
+
+
+def frame_indices(num_total: int, native_fps: float, frames: Frames) -> np.ndarray:
+    """Which frames of a clip to take: (F,) int64, evenly spread, the first and the last one included.
+
+    F is `fps` times the clip's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
+    clip has fewer frames than that, some are taken twice. Raises ValueError for a clip without frames or frame rate.
+    """
+    if num_total < 1 or not 0 < native_fps < math.inf:
+        raise ValueError(f"the clip has {num_total} frames at {native_fps} fps; both must be above 0")
+    num_wanted = int(num_total / native_fps * frames.fps) // 2 * 2
+    num_wanted = min(max(num_wanted, frames.min_frames), frames.num_frames)
+    return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
+
+
+def resize(image: Image.Image, frames: Frames) -> np.ndarray:
+    """(H, W, 3) uint8, a square whatever the aspect was: every sample costs the same number of tokens."""
+    return np.array(image.convert("RGB").resize((frames.image_size, frames.image_size), Image.Resampling.BICUBIC))
+
+
+def read_image(path: Path, frames: Frames) -> np.ndarray:
+    """A png or jpeg file -> (1, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return resize(image, frames)[None]
+    except Exception as error:  # Pillow raises whatever its plugins raise, SyntaxError among others
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def decode_video(path: Path, frames: Frames) -> np.ndarray:
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+    indices = frame_indices(len(reader), reader.get_avg_fps(), frames)
+    return np.stack([resize(Image.fromarray(frame), frames) for frame in reader.get_batch(indices).asnumpy()])
+
+
+def read_video(path: Path, frames: Frames) -> np.ndarray:
+    """An mp4 file -> (F, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read, for whatever reason.
+
+    On a corrupt file decord may wait forever, eat memory or end the process, so every clip is decoded in a child of its
+    own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The child
+    speaks by its exit status: 0, it wrote pixels; 1, it wrote what went wrong; a signal, it crashed, or its alarm clock
+    ended it. The clock is the child's own, so that it goes off even when nobody waits for the child any more.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not hasattr(os, "fork"):  # not a POSIX system: no such protection
+        try:
+            return decode_video(path, frames)
+        except Exception as error:
+            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(read_end)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends a process even inside C code
+            signal.setitimer(signal.ITIMER_REAL, frames.timeout_s)
+            with open(write_end, "wb") as pipe:
+                try:
+                    pipe.write(decode_video(path, frames).data)
+                    status = 0
+                except Exception as error:  # one line of it, to fit into a log
+                    pipe.write(f"{type(error).__name__}: {error}".split("\n")[0].encode())
+        finally:
+            os._exit(status)  # nothing that belongs to the parent is flushed or closed
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        content = pipe.read()  # until the child has ended, in whatever way
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 0 and content:
+        return np.frombuffer(content, np.uint8).reshape(-1, frames.image_size, frames.image_size, 3)
+    if status == -signal.SIGALRM:
+        reason = f"decoding took longer than {frames.timeout_s} s and was stopped"
+    elif status == 1 and content:
+        reason = content.decode(errors="replace")
+    else:
+        reason = "decoding crashed, " + (signal.strsignal(-status) or "" if status < 0 else f"exit status {status}")
+    raise ValueError(f"{path}: {reason}")
+
+
+def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """uint8 RGB (F, H, W, 3) -> patches (S, 1176) float32, and how many (1, 3) int64 in (time, height, width).
+
+    F is even, or 1: the frame of an image is repeated to fill the temporal patch. H and W are multiples of 28. Else
+    ValueError. The four patches that the vision tower merges into one token are neighbours in S.
+    """
+    num_frames, height, width, channels = pixels.shape
+    if channels != 3 or not height or height % TOKEN_SIZE or not width or width % TOKEN_SIZE:
+        raise ValueError(f"pixels are {pixels.shape}; give 3 channels, and sides that are multiples of {TOKEN_SIZE}")
+    if num_frames == 1:
+        pixels = pixels.repeat(TEMPORAL_PATCH_SIZE, axis=0)
+    elif num_frames < 1 or num_frames % TEMPORAL_PATCH_SIZE:
+        raise ValueError(f"pixels have {num_frames} frames; give an even number, or one for an image")
+    # x = (pixel / 255 - mean) / std
+    x = torch.tensor(pixels).float().div_(255).sub_(torch.tensor(IMAGE_MEAN)).div_(torch.tensor(IMAGE_STD))
+    grid_t, grid_h, grid_w = len(x) // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+    x = x.view(
+        grid_t, TEMPORAL_PATCH_SIZE,  # 0 time, 1 frame in the patch
+        grid_h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 2 row of tokens, 3 row of patches in it, 4 row of pixels
+        grid_w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 5, 6, 7 the same for columns
+        channels,  # 8
+    )  # fmt: skip
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # which patch: 0 2 5 3 6; inside it: channel, frame, row, column
+    return x.reshape(grid_t * grid_h * grid_w, -1), torch.tensor([[grid_t, grid_h, grid_w]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens, and their positions.
+
+
+def num_tokens(grid_thw: Tensor) -> int:
+    """How many vision tokens a grid of patches becomes."""
+    return int(grid_thw.prod()) // MERGE_SIZE**2
+
+
+def encode_prompt(
+    tokenizer, text: str, video_grid_thw: Tensor | None = None, image_grid_thw: Tensor | None = None
+) -> Tensor:
+    """The Qwen2-VL chat prompt, (P,) int64: system line, user turn of [video][image]text, header of the assistant turn.
+
+    Each vision token is a pad token, in whose place the model puts an output of the vision tower. Raises ValueError if
+    `text` has a special token in it.
+    """
+    if found := FORBIDDEN.search(text):
+        raise ValueError(f"the text {text!r:.200} has {found.group()!r} in it; take it out or spell it differently")
+    video = image = ""
+    if video_grid_thw is not None:
+        video = "<|vision_start|>" + "<|video_pad|>" * num_tokens(video_grid_thw) + "<|vision_end|>"
+    if image_grid_thw is not None:
+        image = "<|vision_start|>" + "<|image_pad|>" * num_tokens(image_grid_thw) + "<|vision_end|>"
+    prompt = (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{video}{image}{text}<|im_end|>\n"
+        f"<|im_start|>assistant\n"
+    )
+    return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def rope_positions(prompt_ids: Tensor, grids: list[Tensor], image_token_id: int, video_token_id: int) -> Tensor:
+    """M-RoPE: the (time, height, width) position of each prompt token, (3, P) int64 (Qwen2-VL, section 2.1).
+
+    `grids`: the grid_thw (1, 3) of each run of vision tokens, in order of appearance; ValueError if they do not fit.
+
+    Text counts 0, 1, 2 on all axes alike. Where a video or image begins at position p, its token (t, h, w) sits at
+    (p + t, p + h, p + w), and the text behind it goes on from the largest of these + 1: so the paper, and its release.
+    transformers 5 goes on from p + max(height, width). That is the same unless a video has more time steps than rows
+    and columns of tokens (16 frames of 252 pixels are 8 x 9 x 9, 32 are 16 x 9 x 9); then its text would overlap it.
+    """
+    is_vision = (prompt_ids == image_token_id) | (prompt_ids == video_token_id)  # (P,) True: an image or video token
+    pieces, position, unused = [], 0, list(grids)
+    for vision, run in itertools.groupby(is_vision.tolist()):
+        length = len(list(run))
+        if not vision:
+            piece = torch.arange(length).expand(3, -1)
+        elif unused and num_tokens(unused[0]) == length:
+            time, height, width = unused.pop(0).flatten().tolist()
+            axes = torch.arange(time), torch.arange(height // MERGE_SIZE), torch.arange(width // MERGE_SIZE)
+            piece = torch.cartesian_prod(*axes).T  # width runs fastest, as in `patchify`
+        else:
+            raise ValueError(f"{length} vision tokens do not fit the grids {[grid.tolist() for grid in grids]}")
+        pieces.append(position + piece)  # (3, length)
+        position = int(pieces[-1].max()) + 1
+    if unused:
+        raise ValueError(f"the prompt has fewer runs of vision tokens than grids: {[grid.tolist() for grid in grids]}")
+    return torch.cat(pieces, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers: one strict parser, for the reward and for evaluation.
+
+ANSWER_BLOCK = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)  # no answer tag inside
+LETTER_FORM = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\)?)[.:]?")  # (B)  [B]  B  B)  and a dot or colon behind
+
+
+def parse_answer(completion: str, options: tuple[str, ...]) -> str | None:
+    """The letter that a completion answers with, or None.
+
+    The last well-formed <answer>...</answer> decides (exact tags, no answer tag inside). Stripped, it must be
+        the letter of an option, a capital, with a bracket, dot or colon or without    B   (B)   [B]   B)   B.   (B):
+        or the exact text of one option, and of no other                               grab onion
+        or one of these forms of the letter (not the bare one), then its exact text    B. grab onion
+    All else is None: a word that begins with a letter, two letters, a small letter, the letter of no option.
+    """
+    blocks = ANSWER_BLOCK.findall(completion)
+    answer = blocks[-1].strip() if blocks else ""
+    by_letter = dict(zip(string.ascii_uppercase, options))
+    match = LETTER_FORM.match(answer)
+    letter, rest = (match[1] or match[2] or match[3], answer[match.end() :]) if match else ("", "")
+    if match and not rest:
+        return letter if letter in by_letter else None
+    readings = {key for key, option in by_letter.items() if option == answer}
+    # Not a bare letter: "A knife" does not begin with the letter of an option.
+    if match and match.group() != letter and by_letter.get(letter) == rest.strip():
+        readings.add(letter)
+    return readings.pop() if len(readings) == 1 else None
+
+
+def first_letter(completion: str, options: tuple[str, ...]) -> str | None:
+    """The published grading, kept for parity with published numbers only: the first character of the first <answer>
+    block, so that "Apple" is A and "(A)" is nothing."""
+    match = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    letter = match[1].strip()[:1] if match else ""
+    return letter if letter in list(string.ascii_uppercase[: len(options)]) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading: worker processes turn samples into examples ahead of training, in an order that follows from the step number.
+
+
+@dataclass
+class Example:
+    """A Sample ready for the model; all tensors on the CPU."""
+
+    sample: Sample
+    options: tuple[str, ...]
+    gold: str  # the letter of the right option; "" for SFT
+    prompt_text: str  # the text of the user turn
+    prompt_ids: Tensor  # (P,) int64
+    position_ids: Tensor  # (3, P) int64
+    pixel_values_videos: Tensor | None = None  # (S, 1176) float32
+    video_grid_thw: Tensor | None = None  # (1, 3) int64
+    pixel_values: Tensor | None = None  # (S, 1176) float32, of the image
+    image_grid_thw: Tensor | None = None  # (1, 3) int64
+    error: str = ""  # why the pixels could not be read; then P is 0 and there are none
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """`dataset[epoch, index]` is the Example of `samples[index]`; the epoch matters for its options.
+
+    A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
+    another one, and does not stop the run.
+    """
+
+    def __init__(self, samples: list[Sample], tokenizer, frames: Frames, seed: int) -> None:
+        self.samples, self.tokenizer, self.frames, self.seed = samples, tokenizer, frames, seed
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        sample = self.samples[index]
+        options, gold = build_options(sample, self.seed, epoch)
+        text = user_text(sample.question, options)
+        no_ids = torch.empty(0, dtype=torch.int64)
+        example = Example(sample, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
+        try:
+            video = patchify(read_video(sample.video, self.frames)) if sample.video else (None, None)
+            image = patchify(read_image(sample.image, self.frames)) if sample.image else (None, None)
+        except ValueError as error:
+            example.error = str(error)
+            return example
+        example.pixel_values_videos, example.video_grid_thw = video
+        example.pixel_values, example.image_grid_thw = image
+        example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
+        grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
+        example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
+        return example
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in an epoch: a permutation of range(num_samples)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def step_batch(
+    step: int, prompts_per_step: int, num_samples: int, seed: int, rank: int = 0, world_size: int = 1
+) -> list[tuple[int, int]]:
+    """The (epoch, index) pairs that a rank takes at a step (from 0).
+
+    Steps cut an endless stream of epochs into pieces of `prompts_per_step`, over all ranks together; a rank takes every
+    world_size-th of a piece. Epochs run into each other, nothing is dropped, and to resume takes the step number alone.
+    """
+    pairs = []
+    for position in range(step * prompts_per_step + rank, (step + 1) * prompts_per_step, world_size):
+        epoch, place = divmod(position, num_samples)
+        pairs.append((epoch, int(epoch_order(num_samples, seed, epoch)[place])))
+    return pairs
+
+
+def make_loader(
+    dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]], num_workers: int
+) -> torch.utils.data.DataLoader:
+    """A list[Example] for each list of (epoch, index), in their order.
+
+    Each worker has one torch thread (DataLoader sees to that) and is two batches ahead. With no workers, batches are
+    read here, when they are asked for.
+    """
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list, worker_init_fn=share_by_name
+    )
+
+
+def share_by_name(worker_id: int) -> None:
+    """Pass tensors to the trainer as named shared memory. By default each one holds a file descriptor open in both
+    processes, and the usual limit of 1024 is soon reached."""
+    torch.multiprocessing.set_sharing_strategy("file_system")

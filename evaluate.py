@@ -1,0 +1,235 @@
+"""Greedy accuracy on video questions, by level, domain and duration, with intervals, and paired against another run.
+
+    python evaluate.py                                          # the toy world's base model
+    python evaluate.py --model out/toy_grpo/final --output_dir out/eval_grpo --compare out/eval
+    torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
+        --eval_files annotations/validation_L1.jsonl annotations/validation_L2.jsonl annotations/validation_L3.jsonl
+
+Every sample of a file stays in the denominator: an answer that does not parse is wrong, and so is a sample whose video
+cannot be read (both are counted beside the accuracy). The grader is the parser that gives the reward in grpo_video.py.
+
+Written to --output_dir:
+    results.json     every setting, library versions and the table, as numbers
+    samples.jsonl    one line per sample: response, parsed letter, gold, ... from which any number can be computed again
+
+References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar (1947)
+for two models on the same questions. LongVideoBench results are those reprinted by DeepVideo-R1 (arXiv 2506.07464).
+"""
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+from data import Frames, VideoDataset, first_letter, load_samples, make_loader, parse_answer
+from grpo_video import completion_text, generate
+from model import (arg, blank_example, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, parse_args,
+                   resolve_toy, setup, vision_token_ids)
+
+
+@dataclass
+class Args:
+    """The defaults are the published protocol: 16 frames, at most 256 new tokens, greedy."""
+    model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
+    data_root: str = arg("toy", "folder with annotations/, videos/ and images/; 'toy' builds the toy world on first use")
+    eval_files: list[str] = field(
+        default_factory=lambda: [f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3")],
+        metadata={"help": "under data_root; the shape of each is told by its fields"})
+    output_dir: str = arg("out/eval", "results.json and samples.jsonl go here")
+    compare: str = arg("", "output_dir of another evaluation of the same files: adds a paired test against it")
+    max_samples: int = arg(0, "use the first so many samples of each file; 0: all")
+    grader: str = arg("strict", "strict, or first_letter for parity with published numbers")
+    # pixels
+    num_frames: int = arg(16, "most frames of a clip, even, >= 2")
+    min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
+    fps: float = arg(2.0, "frames a second to sample between those two bounds")
+    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
+    # generation
+    max_completion_length: int = arg(256, "most tokens of a completion, end token included")
+    batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed, no effect on results")
+    dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
+    num_workers: int = arg(2, "processes per rank that decode video ahead of the model")
+
+    def __post_init__(self):
+        check_ranges(self, max_samples=(0, None), max_completion_length=(1, None), batch_size=(1, None), num_workers=(0, None))
+        if self.grader not in GRADERS:
+            raise ValueError(f"--grader {self.grader!r}: must be one of {', '.join(GRADERS)}")
+
+
+GRADERS = {"strict": parse_answer, "first_letter": first_letter}
+
+# What differs for the toy world (used when --data_root is not given; flags that are given win).
+TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64)
+
+# The paper's accuracies in percent for Qwen2-VL-7B: vanilla, SFT, GRPO. A file is a published split if its name and its
+# number of samples both are: nothing else is ever shown beside these numbers.
+PUBLISHED = {
+    ("validation_L1", 2432): {"": (34.79, 43.79, 46.01)},
+    ("validation_L2", 923): {"": (34.02, 44.10, 50.16)},
+    ("validation_L3", 1321): {"": (31.57, 38.15, 44.89), "Daily life": (31.21, 38.27, 48.52), "Hobbies": (32.30, 41.02, 45.08),
+                              "Recreation": (33.33, 32.24, 43.72), "Work": (30.69, 38.61, 41.34)},
+    ("lvb_val", 1337): {"": (32.9, 40.0, 43.4)},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics.
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a proportion, as two numbers in 0..1. Unlike p +- 1.96 s it holds near 0 and 1, and for small n.
+
+    Source: Wilson (1927). (0, 1) for n = 0.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959963984540054, correct / n
+    # (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def mcnemar_p(only_ours: int, only_theirs: int) -> float:
+    """Two-sided exact p-value that two models are equally good, from the questions that just one of them got right.
+
+    Questions that both got right, or both wrong, say nothing about which is better; under equality each of the others is a
+    fair coin. Source: McNemar (1947), in its binomial form.
+    """
+    n = only_ours + only_theirs
+    tail = sum(math.comb(n, k) for k in range(min(only_ours, only_theirs) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def summarise(records: list[dict]) -> list[dict]:
+    """One row per file, and below it one per domain or duration where its samples have one."""
+    rows = []
+    for file in dict.fromkeys(r["file"] for r in records):
+        of_file = [r for r in records if r["file"] == file]
+        groups = sorted({r["group"] for r in of_file} - {""})
+        published = PUBLISHED.get((Path(file).stem, len(of_file)), {})
+        for group in ("", *groups):
+            part = [r for r in of_file if group in ("", r["group"])]
+            correct = sum(r["correct"] for r in part)
+            low, high = wilson_interval(correct, len(part))
+            rows.append({
+                "file": file, "group": group, "n": len(part), "correct": correct, "accuracy": correct / len(part),
+                "wilson_low": low, "wilson_high": high, "parse_rate": sum(r["parsed"] is not None for r in part) / len(part),
+                "truncated_frac": sum(r["truncated"] for r in part) / len(part), "bad_samples": sum(bool(r["error"]) for r in part),
+                "published": published.get(group)})
+    return rows
+
+
+def compare(ours: list[dict], theirs: list[dict], place: str) -> list[dict]:
+    """McNemar's test per file between two evaluations of the same questions; ValueError if they are not the same."""
+    rows = []
+    for file in dict.fromkeys(r["file"] for r in ours):
+        a, b = ({r["sample_id"]: r for r in records if r["file"] == file} for records in (ours, theirs))
+        different = [i for i in a.keys() | b.keys() if i not in a or i not in b or a[i]["gold"] != b[i]["gold"]]
+        if different:
+            raise ValueError(f"--compare {place}: {len(different)} samples of {file} are not the same questions on both sides, "
+                             f"such as {sorted(different)[0]!r}; evaluate both models on the same files")
+        only_ours = sum(a[i]["correct"] and not b[i]["correct"] for i in a)
+        only_theirs = sum(b[i]["correct"] and not a[i]["correct"] for i in a)
+        rows.append({"file": file, "n": len(a), "difference": (only_ours - only_theirs) / len(a), "only_ours": only_ours,
+                     "only_theirs": only_theirs, "mcnemar_p": mcnemar_p(only_ours, only_theirs)})
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers of this rank's share of a file.
+
+def answer_file(file: str, actor, tokenizer, args: Args, rank: int, world_size: int) -> list[dict]:
+    """One record per sample that this rank answers: every world_size-th of the file, in its order."""
+    samples = load_samples(file, args.data_root)[:args.max_samples or None]
+    if any(sample.response for sample in samples):
+        raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation file")
+    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), seed=0)
+    share = [(0, i) for i in range(rank, len(samples), world_size)]
+    loader = make_loader(dataset, [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)], args.num_workers)
+    end_ids, banned_ids = end_token_ids(actor, tokenizer), vision_token_ids(actor, actor.device)
+    progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
+    records = []
+    for examples in loader:
+        readable = [blank_example(e, tokenizer, actor.config) if e.error else e for e in examples]
+        prompts = collate_prompts(readable, tokenizer.pad_token_id, actor.device)
+        completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, 0.0, None, end_ids, banned_ids)
+        for example, ids, length in zip(examples, completion_ids, lengths.tolist()):
+            response = "" if example.error else completion_text(tokenizer, ids, length, end_ids)
+            parsed = GRADERS[args.grader](response, example.options)
+            records.append({
+                "file": file, "sample_id": example.sample.sample_id, "group": example.sample.group, "gold": example.gold,
+                "parsed": parsed, "correct": parsed == example.gold, "length": 0 if example.error else length,
+                "truncated": not example.error and ids[length - 1].item() not in end_ids, "error": example.error,
+                "response": response})
+        progress.update(len(examples))
+        progress.set_postfix_str(f"accuracy {sum(r['correct'] for r in records) / len(records):.3f}")
+    progress.close()
+    return records
+
+
+def print_table(rows: list[dict], compared: list[dict]) -> None:
+    """The table on screen."""
+    against = {row["file"]: row for row in compared}
+    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'parsed':>7} {'cut off':>8} {'bad':>4}"
+          + ("  against --compare (McNemar)" if compared else "")
+          + ("  paper, 7B: vanilla / SFT / GRPO" if any(row["published"] for row in rows) else ""))
+    for row in rows:
+        name = f"  {row['group']}" if row["group"] else Path(row["file"]).stem
+        line = (f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
+                f"{row['parse_rate']:8.1%} {row['truncated_frac']:8.1%} {row['bad_samples']:4}")
+        if row["file"] in against and not row["group"]:
+            pair = against[row["file"]]
+            line += f"  {100 * pair['difference']:+.1f} points, p = {pair['mcnemar_p']:.1e}"
+        if row["published"]:
+            line += "  " + " / ".join(f"{x:.2f}" for x in row["published"])
+        print(line)
+
+
+def main(args: Args) -> list[dict]:
+    """Evaluates and returns the rows of the table (on rank 0; elsewhere an empty list)."""
+    # 1 setup
+    rank, world_size, device = setup()
+    args = resolve_toy(args)
+    other = []
+    if args.compare:  # read first: a wrong path should not cost an evaluation
+        path = Path(args.compare) / "samples.jsonl"
+        if not path.exists():
+            raise ValueError(f"--compare {args.compare}: there is no samples.jsonl in it; give the output_dir of an evaluation")
+        other = [json.loads(line) for line in path.read_text().splitlines()]
+
+    # 2 model: an actor on every rank, and no process waits for another while it decodes
+    tokenizer = load_tokenizer(args.model)
+    actor = load_actor(args, device)
+
+    # 3 answers
+    records = [record for file in args.eval_files for record in answer_file(file, actor, tokenizer, args, rank, world_size)]
+    gathered = [None] * world_size if rank == 0 else None
+    dist.gather_object(records, gathered)
+    if rank != 0:
+        return []
+
+    # 4 numbers
+    order = {file: i for i, file in enumerate(args.eval_files)}
+    records = sorted((r for part in gathered for r in part), key=lambda r: (order[r["file"]], r["sample_id"]))
+    rows = summarise(records)
+    compared = compare(records, other, args.compare) if args.compare else []
+
+    # 5 finish
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "samples.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
+               "rows": rows, "compared": compared}
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_table(rows, compared)
+    return rows
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TOY))

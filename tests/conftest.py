@@ -1,0 +1,58 @@
+"""What several test files share: the toy world, its base model, and a batch of examples of different shapes."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import toy  # noqa: E402
+from data import Frames, VideoDataset, load_samples  # noqa: E402
+from model import load_tokenizer, setup  # noqa: E402
+
+# One thread: a tiny model gains nothing from two, and two crawl when another process wants a core.
+torch.set_num_threads(1)
+
+FRAMES = Frames(num_frames=8, image_size=56)
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The data root of the toy world."""
+    return toy.build()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(str(toy.BASE))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return setup()[2]
+
+
+@pytest.fixture(scope="session")
+def dataset(world, tokenizer):
+    return VideoDataset(load_samples("annotations/training_6k.jsonl", world), tokenizer, FRAMES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def ragged(dataset):
+    """Four examples of different lengths: image only, and clips of one, two and four steps."""
+    picked = [next(i for i, s in enumerate(dataset.samples) if len(s.progress) == n) for n in (0, 1, 2, 4)]
+    examples = [dataset[0, i] for i in picked]
+    assert len({len(e.prompt_ids) for e in examples}) > 2 and not any(e.error for e in examples)
+    return examples
+
+
+def same_gradients(model_a, model_b, rtol):
+    """Compares all gradients by norm: elementwise, tiny entries would drown in rounding."""
+    for (name, a), (_, b) in zip(model_a.named_parameters(), model_b.named_parameters(), strict=True):
+        if a.grad is None and b.grad is None:
+            continue
+        difference = torch.linalg.vector_norm((a.grad - b.grad).double()).item()
+        size = torch.linalg.vector_norm(b.grad.double()).item()
+        assert difference <= rtol * size + 1e-12, f"{name}: {difference} against {size}"

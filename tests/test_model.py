@@ -1,0 +1,324 @@
+"""Qwen2-VL under our hands against Hugging Face's own forward, generate and save: log-probs, sampling, weights, files."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import same_gradients
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
+
+import model as model_module
+import toy
+from grpo_video import completion_text, generate
+from model import (Policy, blank_example, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
+                   load_policy, make_actor, token_logps, vision_token_ids)
+
+
+def load_args(**changes):
+    return SimpleNamespace(**{"model": str(toy.BASE), "dtype": "float32", "gradient_checkpointing": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def qwen(device):
+    return load_actor(load_args(), device)
+
+
+@pytest.fixture(scope="module")
+def qwen64(device):
+    return load_actor(load_args(dtype="float64"), device)
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample(qwen, tokenizer, examples, G=4, C=24, temperature=1.0, seeds=None):
+    prompts = collate_prompts(examples, tokenizer.pad_token_id, qwen.device)
+    draws = generators(seeds or range(len(examples))) if temperature else None
+    return prompts, *generate(qwen, prompts, G, C, temperature, draws, end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device))
+
+
+def teacher_forced(qwen, prompts, ids, lengths, G, temperature=1.0):
+    policy = Policy(qwen, next(qwen.parameters()).dtype)
+    return policy(prompts, torch.arange(len(ids)) // G, ids, completion_mask_from(lengths, ids.shape[1]), temperature,
+                  vision_token_ids(qwen, qwen.device))
+
+
+def hf_inputs(example, ids=None):
+    """What Hugging Face wants for one example: no position ids, it computes its own."""
+    ids = example.prompt_ids if ids is None else torch.cat([example.prompt_ids, ids])
+    names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None],
+            **{name: getattr(example, name) for name in names if getattr(example, name) is not None}}
+
+
+def with_token_types(qwen, inputs):
+    ids = inputs["input_ids"]
+    types = (ids == qwen.config.image_token_id).int() + 2 * (ids == qwen.config.video_token_id).int()
+    return {**inputs, "mm_token_type_ids": types}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs.
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logps_equal_teacher_forced_ones(qwen, tokenizer, ragged, temperature):
+    # Batched, ragged prompts, video + image and image only, ended and cut-off completions.
+    prompts, ids, lengths, logps = sample(qwen, tokenizer, ragged, C=24, temperature=temperature)
+    assert len(set(lengths.tolist())) > 1, "completions of equal length would not test the mask"
+    forced, _ = teacher_forced(qwen, prompts, ids, lengths, G=4, temperature=temperature)
+    mask = completion_mask_from(lengths, ids.shape[1])
+    torch.testing.assert_close(logps[mask], forced[mask].detach(), rtol=0, atol=2e-5)
+    assert not forced[~mask].any()
+
+
+def test_logps_equal_hugging_face_full_logits(qwen64, tokenizer, ragged):
+    prompts, ids, lengths, _ = sample(qwen64, tokenizer, ragged, G=2)
+    ours, entropy = teacher_forced(qwen64, prompts, ids, lengths, G=2)
+    for n in range(len(ids)):
+        example, P, L = ragged[n // 2], len(ragged[n // 2].prompt_ids), lengths[n].item()
+        position_ids = torch.cat([example.position_ids, (prompts.next_position[n // 2] + torch.arange(L)).expand(3, -1)], 1)
+        logits = qwen64(**hf_inputs(example, ids[n, :L]), position_ids=position_ids[:, None]).logits[0]  # (P + L, V)
+        logits[:, vision_token_ids(qwen64, qwen64.device)] = -torch.inf
+        expected = logits.log_softmax(-1)[P - 1:-1]
+        torch.testing.assert_close(ours[n, :L].detach(), expected.gather(1, ids[n, :L, None])[:, 0], rtol=0, atol=1e-6)
+        expected_entropy = torch.distributions.Categorical(logits=logits[P - 1:-1].clamp(min=-1e9)).entropy()
+        torch.testing.assert_close(entropy[n, :L], expected_entropy, rtol=0, atol=1e-6)
+
+
+def test_positions_are_hugging_faces_where_the_clip_is_short(qwen64, tokenizer, ragged):
+    # Up to as many time steps as rows of tokens, Hugging Face's own positions give the same log-probs (see rope_positions).
+    example = ragged[1]
+    assert example.video_grid_thw[0, 0] <= example.video_grid_thw[0, 1] // 2
+    prompts, ids, lengths, _ = sample(qwen64, tokenizer, [example], G=1)
+    ours, _ = teacher_forced(qwen64, prompts, ids, lengths, G=1)
+    with torch.no_grad():
+        logits = qwen64(**with_token_types(qwen64, hf_inputs(example, ids[0]))).logits[0]
+    logits[:, vision_token_ids(qwen64, qwen64.device)] = -torch.inf
+    expected = logits.log_softmax(-1)[len(example.prompt_ids) - 1:-1].gather(1, ids[0, :, None])[:, 0]
+    torch.testing.assert_close(ours[0].detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_gradients_equal_hugging_faces_and_prompt_tokens_are_not_trained(qwen64, tokenizer, ragged):
+    # The oracle is a full forward whose labels are -100 on the prompt: any gradient from a prompt token would show.
+    example = ragged[1]
+    target = torch.tensor(tokenizer("<think>I see wash pot.</think><answer>A</answer><|im_end|>")["input_ids"])
+    ours, theirs = copy.deepcopy(qwen64).requires_grad_(), copy.deepcopy(qwen64).requires_grad_()
+    prompts = collate_prompts([example], tokenizer.pad_token_id, torch.device("cpu"))
+    logps, _ = Policy(ours, torch.float64)(prompts, torch.tensor([0]), target[None], torch.ones(1, len(target), dtype=torch.bool))
+    (-logps.mean()).backward()
+    labels = torch.cat([torch.full_like(example.prompt_ids, -100), target])[None]
+    loss = theirs(**with_token_types(theirs, hf_inputs(example, target)), labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(-logps.mean().float(), loss, rtol=1e-6, atol=0)  # Hugging Face computes it in float32
+    same_gradients(ours, theirs, rtol=1e-5)
+
+
+def test_micro_batches_and_padding_change_neither_logps_nor_gradients(qwen64, tokenizer, ragged):
+    prompts, ids, lengths, _ = sample(qwen64, tokenizer, ragged, G=2)
+    mask = completion_mask_from(lengths, ids.shape[1])
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * mask
+    whole, split = (Policy(copy.deepcopy(qwen64).requires_grad_(), torch.float64) for _ in range(2))
+    logps, _ = whole(prompts, torch.arange(8) // 2, ids, mask)
+    (logps * weights).sum().backward()
+    for n in range(8):  # each row alone: its prompt unpadded, its completion cut to its length
+        alone, L = collate_prompts([ragged[n // 2]], tokenizer.pad_token_id, torch.device("cpu")), lengths[n].item()
+        row, _ = split(alone, torch.tensor([0]), ids[n:n + 1, :L], mask[n:n + 1, :L])
+        (row * weights[n:n + 1, :L]).sum().backward()
+        torch.testing.assert_close(row[0].detach(), logps[n, :L].detach(), rtol=0, atol=1e-6)
+    same_gradients(whole, split, rtol=1e-5)
+
+
+def test_what_stands_behind_the_end_token_does_not_matter(qwen, tokenizer, ragged):
+    prompts, ids, lengths, _ = sample(qwen, tokenizer, ragged, G=2)
+    lengths = lengths.clamp(max=5)
+    mask = completion_mask_from(lengths, ids.shape[1])
+    garbage = torch.where(mask, ids, torch.randint(0, 300, ids.shape, generator=torch.Generator().manual_seed(0)))
+    assert not torch.equal(garbage, ids)
+    torch.testing.assert_close(*(teacher_forced(qwen, prompts, x, lengths, G=2)[0] for x in (ids, garbage)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_token_logps_equal_the_full_softmax(monkeypatch, chunk):
+    monkeypatch.setattr(model_module, "LOGITS_CHUNK", chunk)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(20, 6, generator=g, dtype=torch.float64), torch.randn(11, 6, generator=g, dtype=torch.float64)
+    targets, banned = torch.randint(2, 11, (20,), generator=g), torch.tensor([0, 1])
+    leaves = [[hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2)]
+    logps, entropy = token_logps(*leaves[0], targets, temperature=0.8, banned_ids=banned)
+    logits = (leaves[1][0] @ leaves[1][1].T / 0.8)[:, 2:]
+    expected = logits.log_softmax(-1).gather(1, targets[:, None] - 2)[:, 0]
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy().detach())
+    logps.sin().sum().backward()
+    expected.sin().sum().backward()
+    for ours, theirs in zip(*leaves):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_softmax_of_bf16_logits_runs_in_float32():
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(50, 8).bfloat16()
+    logps, entropy = token_logps(hidden, weight, torch.tensor([1, 2, 3]))
+    assert logps.dtype == entropy.dtype == torch.float32
+    expected = (hidden @ weight.T).float().log_softmax(-1)[torch.arange(3), torch.tensor([1, 2, 3])]
+    torch.testing.assert_close(logps, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+def test_greedy_equals_hugging_face_generate(qwen, tokenizer, ragged):
+    short = [e for e in ragged if e.video_grid_thw is None or e.video_grid_thw[0, 0] <= 2]
+    assert {e.video_grid_thw is None for e in short} == {True, False}
+    _, ids, lengths, _ = sample(qwen, tokenizer, short, G=1, C=32, temperature=0.0)
+    plain = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=end_token_ids(qwen, tokenizer),
+                             pad_token_id=tokenizer.pad_token_id)
+    for n, example in enumerate(short):
+        expected = qwen.generate(**with_token_types(qwen, hf_inputs(example)), generation_config=plain)
+        assert ids[n, :lengths[n]].tolist() == expected[0, len(example.prompt_ids):].tolist()
+
+
+def test_a_prompts_draws_do_not_depend_on_its_neighbours(qwen, tokenizer, ragged):
+    _, together, lengths, _ = sample(qwen, tokenizer, ragged, seeds=[5, 6, 7, 8])
+    for b in range(4):
+        _, alone, alone_lengths, _ = sample(qwen, tokenizer, ragged[b:b + 1], seeds=[5 + b])
+        assert alone_lengths.tolist() == lengths[4 * b:4 * b + 4].tolist()
+        for g in range(4):
+            n = alone_lengths[g]
+            assert torch.equal(alone[g, :n], together[4 * b + g, :n])
+
+
+def test_rows_of_a_group_differ_whatever_the_generation_config_says(qwen, tokenizer, ragged):
+    stubborn = copy.deepcopy(qwen)
+    stubborn.generation_config.update(do_sample=True, top_k=1, temperature=0.01)  # what Qwen2-VL ships
+    _, ids, _, _ = sample(stubborn, tokenizer, ragged[:1], G=8, temperature=1.5)
+    assert len({tuple(row) for row in ids.tolist()}) > 1
+
+
+def test_draws_follow_the_softmax_and_banned_tokens_never_come(qwen, tokenizer, ragged):
+    loud = copy.deepcopy(qwen)
+    banned = vision_token_ids(loud, loud.device)
+    # Make the vision tokens the likeliest of all, so that only the ban keeps them out.
+    loud.lm_head = torch.nn.Linear(128, len(tokenizer), bias=True)
+    with torch.no_grad():
+        loud.lm_head.weight.copy_(qwen.lm_head.weight)
+        loud.lm_head.bias.zero_()
+        loud.lm_head.bias[banned] = 50.0
+    G, temperature = 20000, 2.0
+    prompts, ids, _, logps = sample(loud, tokenizer, ragged[1:2], G=G, C=1, temperature=temperature)
+    assert not set(ids.flatten().tolist()) & set(banned.tolist())
+    # Hugging Face's logits of the next token, without the ban, are the oracle.
+    with torch.no_grad():
+        logits = qwen(**hf_inputs(ragged[1]), position_ids=ragged[1].position_ids[:, None]).logits[0, -1] / temperature
+    logits[banned] = -torch.inf
+    p = logits.softmax(-1)
+    torch.testing.assert_close(logps[:, 0], p.log()[ids[:, 0]], rtol=0, atol=1e-4)
+    frequency = torch.bincount(ids[:, 0], minlength=len(p)) / G
+    z = (frequency - p) / (p * (1 - p) / G).sqrt().clamp(min=1e-12)
+    assert z[p > 1e-3].abs().max() < 4.5  # of a few hundred tokens; 4.5 sigma each
+
+
+def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragged):
+    ends = end_token_ids(qwen, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    _, ids, lengths, _ = sample(qwen, tokenizer, ragged, G=8, C=24)
+    for row, length in zip(ids.tolist(), lengths.tolist()):
+        first = next((k for k, token in enumerate(row) if token in ends), None)
+        assert length == (len(row) if first is None else first + 1)
+        assert first is None or set(row[first:]) == {row[first]}
+    # A completion may be nothing but the end token: force it by making every token an end token.
+    prompts = collate_prompts(ragged, tokenizer.pad_token_id, qwen.device)
+    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, generators(range(4)), list(range(len(tokenizer))), vision_token_ids(qwen, qwen.device))
+    assert lengths.tolist() == [1] * 8
+
+
+def test_completion_text_drops_the_end_token_only(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = torch.tensor(tokenizer("<answer>B</answer><|im_start|>")["input_ids"] + [end, end])
+    assert completion_text(tokenizer, ids, len(ids) - 1, [end]) == "<answer>B</answer><|im_start|>"
+    assert completion_text(tokenizer, ids, 1, [end]) == "<answer>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights: sharded policy, actor, files.
+
+def take_a_step(policy, tokenizer, ragged):
+    prompts = collate_prompts(ragged, tokenizer.pad_token_id, torch.device("cpu"))
+    ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
+    logps, _ = policy(prompts, torch.arange(4), ids, torch.ones_like(ids, dtype=torch.bool))
+    (-logps.mean()).backward()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    optimizer.step()
+    return logps.detach()
+
+
+def test_sharded_policy_equals_the_plain_model_and_the_actor_follows_it(qwen, tokenizer, ragged, device):
+    policy = load_policy(load_args(), device)
+    actor = make_actor(policy, device)
+    for (name, ours), theirs in zip(actor.state_dict().items(), qwen.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(actor.buffers(), qwen.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    addresses = [p.data_ptr() for p in actor.parameters()]
+    before = take_a_step(policy, tokenizer, ragged)
+    copy_weights(policy, actor)
+    prompts = collate_prompts(ragged, tokenizer.pad_token_id, device)
+    ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    learner, sampler = (m(prompts, torch.arange(4), ids, mask)[0].detach() for m in (policy, Policy(actor, torch.float32)))
+    torch.testing.assert_close(learner, sampler, rtol=0, atol=1e-5)
+    assert (learner - before).abs().max() > 1e-2, "the step did not move the policy: the comparison above shows nothing"
+    assert addresses == [p.data_ptr() for p in actor.parameters()]
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, ragged, device):
+    plain, recomputing = (load_policy(load_args(gradient_checkpointing=on), device) for on in (False, True))
+    losses = [take_a_step(policy, tokenizer, ragged) for policy in (plain, recomputing)]
+    torch.testing.assert_close(*losses)
+    for a, b in zip(plain.parameters(), recomputing.parameters(), strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad.full_tensor(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_reloads_with_equal_logits(tmp_path, tokenizer, ragged, device, tied):
+    source = tmp_path / "source"
+    base = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
+    if not tied:
+        config = copy.deepcopy(base.config)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        untied = Qwen2VLForConditionalGeneration(config)
+        untied.load_state_dict({**base.state_dict(), "lm_head.weight": 2 * base.lm_head.weight})
+        untied.generation_config = base.generation_config
+        base = untied
+    base.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor", "mark": 1}')
+    policy = load_policy(load_args(model=str(source)), device)
+    take_a_step(policy, tokenizer, ragged)
+    export(policy, tokenizer, str(source), tmp_path / "final")
+    actor = make_actor(policy, device)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    inputs = with_token_types(again, hf_inputs(ragged[1]))
+    with torch.no_grad():
+        ours, theirs, before = (m.eval()(**inputs).logits for m in (actor, again, base))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (ours - before).abs().max() > 1e-2
+    assert again.generation_config.eos_token_id == base.generation_config.eos_token_id
+    assert (tmp_path / "final/preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+    text = "<think>I see wash pot.</think>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "final")(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_another_kind_of_model_is_refused(tmp_path, device):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    with pytest.raises(ValueError, match="qwen2'.*give a Qwen2-VL"):
+        load_policy(load_args(model=str(tmp_path)), device)
+    with pytest.raises(ValueError, match="int8"):
+        load_policy(load_args(dtype="int8"), device)
+
+
+def test_blank_example_goes_through_the_model(qwen, tokenizer, ragged):
+    blank = blank_example(ragged[2], tokenizer, qwen.config)
+    assert len(blank.prompt_ids) < len(ragged[2].prompt_ids)
+    _, ids, lengths, logps = sample(qwen, tokenizer, [blank, ragged[2]])
+    assert logps.isfinite().all()

@@ -1,0 +1,267 @@
+"""The scripts from end to end on the toy world: ranks, micro-batches, resume, bad videos, bad input, SFT, evaluation."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import evaluate
+import grpo_video
+import sft_video
+import toy
+from data import VideoDataset, load_samples
+from model import load_policy, parse_args
+from transformers import Qwen2VLForConditionalGeneration
+
+
+def grpo_args(output_dir, **changes):
+    return grpo_video.Args(**{**grpo_video.TOY, "output_dir": str(output_dir), "max_steps": 1, "max_completion_length": 40,
+                              "num_workers": 1, "save_every": 0, **changes})
+
+
+def sft_args(output_dir, **changes):
+    return sft_video.Args(**{**sft_video.TOY, "output_dir": str(output_dir), "max_steps": 1, "num_workers": 1,
+                             "save_every": 0, **changes})
+
+
+def torchrun(script, ranks, *flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), script, *flags]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+def update(final):
+    """What training has added to the base, all weights in one vector."""
+    after, before = load_file(Path(final) / "model.safetensors"), load_file(toy.BASE / "model.safetensors")
+    return torch.cat([(after[name].double() - before[name].double()).flatten() for name in sorted(before)])
+
+
+def relative_difference(a, b):
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+
+
+def metrics_of(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def small_world(root, world, keep=8):
+    """A data root of its own with a few samples, whose files a test may spoil."""
+    (root / "annotations").mkdir(parents=True)
+    for name in ("training_6k", "training_with_cot_6k", "validation_L1"):
+        lines = (world / f"annotations/{name}.jsonl").read_text().splitlines()
+        (root / f"annotations/{name}.jsonl").write_text("\n".join(lines[:keep]) + "\n")
+    for folder in ("videos", "images"):
+        shutil.copytree(world / folder, root / folder)
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and micro-batches split a sum, and nothing else.
+
+@pytest.fixture(scope="module")
+def one_process_run(tmp_path_factory, world):
+    """One float64 step with every part of the objective switched on."""
+    output_dir = tmp_path_factory.mktemp("one")
+    grpo_video.main(grpo_args(output_dir, **COMMON))
+    assert metrics_of(output_dir)[0]["group_std"] > 0, "no reward differs within a group: the update would show nothing"
+    return output_dir
+
+
+COMMON = dict(dtype="float64", kl_coef=0.1, num_updates=2, learning_rate=1e-4, prompts_per_step=4, sample_every=1)
+
+
+def test_two_ranks_make_the_update_of_one(one_process_run, tmp_path):
+    flags = [word for name, value in {**COMMON, "max_steps": 1, "max_completion_length": 40}.items() for word in (f"--{name}", str(value))]
+    torchrun("grpo_video.py", 2, *flags, "--micro_batch_size", "5", "--output_dir", str(tmp_path / "two"))
+    one, two = (metrics_of(folder)[0] for folder in (one_process_run, tmp_path / "two"))
+    for name in one:
+        if not name.endswith("_s"):
+            assert one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-6), name
+    assert relative_difference(update(tmp_path / "two/final"), update(one_process_run / "final")) < 1e-6
+
+
+@pytest.mark.parametrize("changes", [dict(micro_batch_size=3), dict(rollout_prompts=1), dict(gradient_checkpointing=True)])
+def test_micro_batches_do_not_change_the_update(one_process_run, tmp_path, changes):
+    grpo_video.main(grpo_args(tmp_path, **COMMON, **changes))
+    assert relative_difference(update(tmp_path / "final"), update(one_process_run / "final")) < 1e-6
+
+
+def test_the_seed_changes_the_run_and_the_same_seed_repeats_it(one_process_run, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        grpo_video.main(grpo_args(tmp_path / str(seed), **COMMON, seed=seed))
+        assert (relative_difference(update(tmp_path / str(seed) / "final"), update(one_process_run / "final")) < 1e-6) == same
+
+
+def test_no_reward_signal_and_no_kl_means_no_gradient(tmp_path, world):
+    # With a completion length of 1 nothing parses: every group is flat.
+    grpo_video.main(grpo_args(tmp_path, max_completion_length=1))
+    m, = metrics_of(tmp_path)
+    assert m["flat_group_frac"] == 1 and m["grad_norm"] == 0 and m["truncated_frac"] == 1 and m["completion_length"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resume and output folders.
+
+@pytest.mark.parametrize("script, make_args", [(grpo_video, grpo_args), (sft_video, sft_args)])
+def test_resumed_run_is_bit_identical(tmp_path, world, script, make_args):
+    common = dict(prompts_per_step=4, max_steps=4, save_every=3)
+    final = script.main(make_args(tmp_path, **common))
+    straight, lines = load_file(final / "model.safetensors"), metrics_of(tmp_path)
+    shutil.rmtree(final)
+    script.main(make_args(tmp_path, **common, resume=True))  # from step 3: the last step is run again
+    resumed, again = load_file(final / "model.safetensors"), metrics_of(tmp_path)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert [line["step"] for line in again] == [0, 1, 2, 3] and again[3]["loss"] == lines[3]["loss"]
+
+
+def test_resume_without_a_checkpoint_is_an_error(tmp_path, world):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        grpo_video.main(grpo_args(tmp_path, resume=True))
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path, world):
+    for _ in range(2):
+        grpo_video.main(grpo_args(tmp_path / "run", prompts_per_step=1, max_completion_length=1))
+    assert (tmp_path / "run.old1/metrics.jsonl").exists() and (tmp_path / "run/final/model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad videos and bad input.
+
+def test_unreadable_videos_weigh_nothing_and_are_counted(tmp_path, world):
+    # Rank 0 and rank 1 get two samples each; both of rank 1 are spoilt, so that it has nothing of its own to learn from.
+    root = small_world(tmp_path / "data", world, keep=4)
+    dataset = VideoDataset(load_samples("annotations/training_6k.jsonl", root), None, None, 0) if False else None
+    samples = load_samples("annotations/training_6k.jsonl", root)
+    from data import step_batch
+    for _, index in step_batch(0, 4, 4, 0, rank=1, world_size=2):
+        samples[index].image.write_bytes(b"not a picture")
+    flags = ["--dtype", "float64", "--prompts_per_step", "4", "--max_steps", "1", "--data_root", str(root), "--image_size", "56",
+             "--num_frames", "8", "--max_completion_length", "40", "--learning_rate", "1e-4", "--kl_coef", "0.1"]
+    output = torchrun("grpo_video.py", 2, *flags, "--output_dir", str(tmp_path / "two"))
+    m, = metrics_of(tmp_path / "two")
+    assert m["bad_videos"] == 2
+    # The same update as one process makes of the same four samples, two of them unreadable.
+    changes = dict(dtype="float64", prompts_per_step=4, data_root=str(root), learning_rate=1e-4, kl_coef=0.1)
+    grpo_video.main(grpo_args(tmp_path / "one", **changes))
+    assert metrics_of(tmp_path / "one")[0]["bad_videos"] == 2
+    assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-6
+
+
+def test_a_step_without_any_readable_sample_stops_the_run(tmp_path, world):
+    root = small_world(tmp_path / "data", world, keep=4)
+    shutil.rmtree(root / "images")
+    for script, make_args in ((grpo_video, grpo_args), (sft_video, sft_args)):
+        with pytest.raises(ValueError, match="no sample could be read.*data_root"):
+            script.main(make_args(tmp_path / "run", data_root=str(root), prompts_per_step=4))
+
+
+def test_each_trainer_refuses_the_others_file(tmp_path, world):
+    with pytest.raises(ValueError, match="for SFT"):
+        grpo_video.main(grpo_args(tmp_path, train_file="annotations/training_with_cot_6k.jsonl"))
+    with pytest.raises(ValueError, match="no 'response'"):
+        sft_video.main(sft_args(tmp_path, train_file="annotations/training_6k.jsonl"))
+    with pytest.raises(ValueError, match="for SFT"):
+        evaluate.main(evaluate.Args(**{**evaluate.TOY, "eval_files": ["annotations/training_with_cot_6k.jsonl"],
+                                       "output_dir": str(tmp_path)}))
+
+
+def test_toy_defaults_apply_without_data_root_and_flags_win(capsys):
+    toy_run = parse_args(grpo_video.Args, grpo_video.TOY, ["--learning_rate", "0.5", "--no_advantage_std"])
+    assert (toy_run.learning_rate, toy_run.image_size, toy_run.advantage_std) == (0.5, grpo_video.TOY["image_size"], False)
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert printed["learning_rate"].endswith("flag") and printed["image_size"].endswith("toy world")
+    real = parse_args(grpo_video.Args, grpo_video.TOY, ["--model", "M", "--data_root", "D"])
+    assert real == grpo_video.Args(model="M", data_root="D")  # the paper's
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SFT.
+
+def test_sft_targets_are_the_response_and_its_end_token(tokenizer, world):
+    samples = load_samples("annotations/training_with_cot_6k.jsonl", world)[:3]
+    dataset = VideoDataset(samples, tokenizer, grpo_frames(), 0)
+    examples = [dataset[0, i] for i in range(3)]
+    ids, lengths = sft_video.encode_responses(tokenizer, examples)
+    for row, length, sample in zip(ids, lengths.tolist(), samples):
+        assert tokenizer.decode(row[:length]) == sample.response + "<|im_end|>"
+        assert set(row[length:].tolist()) <= {tokenizer.pad_token_id}
+
+
+def grpo_frames():
+    from conftest import FRAMES
+    return FRAMES
+
+
+def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world, dataset):
+    # One step of records that Hugging Face sees one at a time, with labels of -100 on the prompt.
+    sft_video.main(sft_args(tmp_path, prompts_per_step=4, micro_batch_size=3, max_samples=4))
+    samples = load_samples("annotations/training_with_cot_6k.jsonl", world)[:4]
+    records = VideoDataset(samples, tokenizer, grpo_frames(), 0)
+    qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
+    total = count = 0
+    for example in (records[0, i] for i in range(4)):
+        response = torch.tensor(tokenizer(example.sample.response + "<|im_end|>")["input_ids"])
+        ids = torch.cat([example.prompt_ids, response])
+        after = example.position_ids.max() + 1 + torch.arange(len(response))
+        labels = torch.cat([torch.full_like(example.prompt_ids, -100), response])
+        names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
+        pixels = {name: getattr(example, name) for name in names if getattr(example, name) is not None}
+        with torch.no_grad():
+            loss = qwen(input_ids=ids[None], position_ids=torch.cat([example.position_ids, after.expand(3, -1)], 1)[:, None],
+                        labels=labels[None], **pixels).loss
+        total, count = total + loss.item() * len(response), count + len(response)
+    assert metrics_of(tmp_path)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sft_two_ranks_make_the_update_of_one(tmp_path, world):
+    flags = ["--dtype", "float64", "--prompts_per_step", "6", "--max_steps", "1", "--warmup_ratio", "0"]
+    torchrun("sft_video.py", 2, *flags, "--micro_batch_size", "2", "--output_dir", str(tmp_path / "two"))
+    sft_video.main(sft_args(tmp_path / "one", dtype="float64", prompts_per_step=6, warmup_ratio=0.0))
+    assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-6
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [sft_video.learning_rate_at(step, 46, 2e-5, 0.1) for step in range(46)]
+    assert rates[0] == pytest.approx(2e-5 / 5) and rates[4] == pytest.approx(2e-5) and rates[5] == pytest.approx(2e-5)
+    assert all(a > b for a, b in zip(rates[5:], rates[6:])) and 0 < rates[-1] < 1e-7
+    assert sft_video.learning_rate_at(0, 1, 1.0, 0.1) == 1.0  # a run of one step is all peak
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+
+def eval_args(output_dir, **changes):
+    return evaluate.Args(**{**evaluate.TOY, "output_dir": str(output_dir), "num_workers": 1, **changes})
+
+
+def test_evaluation_does_not_depend_on_ranks_or_batches(tmp_path, world):
+    files = ["annotations/validation_L1.jsonl", "annotations/validation_L3.jsonl"]
+    rows = evaluate.main(eval_args(tmp_path / "one", max_samples=21, eval_files=files))
+    torchrun("evaluate.py", 2, "--max_samples", "21", "--batch_size", "4", "--eval_files", *files, "--output_dir", str(tmp_path / "two"))
+    one, two = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two"))
+    assert one == two and one.count("\n") == 42
+    assert json.loads((tmp_path / "one/results.json").read_text())["rows"] == rows
+    assert [row["n"] for row in rows if not row["group"]] == [21, 21]
+    assert sum(row["n"] for row in rows if row["group"]) == 21  # the domains of L3
+    # Any number can be computed again from the samples.
+    records = [json.loads(line) for line in one.splitlines()]
+    assert sum(r["parsed"] == r["gold"] for r in records) == sum(row["correct"] for row in rows if not row["group"])
+
+
+def test_unreadable_samples_stay_in_the_denominator(tmp_path, world):
+    root = small_world(tmp_path / "data", world, keep=6)
+    for sample in load_samples("annotations/validation_L1.jsonl", root)[:2]:
+        sample.image.unlink()
+    row, = evaluate.main(eval_args(tmp_path / "out", data_root=str(root), eval_files=["annotations/validation_L1.jsonl"]))
+    assert (row["n"], row["bad_samples"]) == (6, 2) and row["parse_rate"] <= 4 / 6
+    records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert sum(bool(r["error"]) for r in records) == 2 and not any(r["correct"] for r in records if r["error"])
