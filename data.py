@@ -90,7 +90,7 @@ STEPS = (
 EGOPLAN = {
     "sample_id": ID, "video_source": TEXT, "task_goal": TEXT, "question": TEXT, "task_progress_metadata": STEPS,
     "video_basename?": TEXT, "current_observation_basename": TEXT,
-}  # fmt: skip
+}
 SHAPES = {
     "SFT": {"sample_id?": ID, "prompt": MESSAGES, "response": TEXT},
     "training": {**EGOPLAN, "answer": TEXT, "negative_answers": TEXTS},
@@ -102,7 +102,7 @@ SHAPES = {
         "id": ID, "question": TEXT, "candidates": CHOICES, "correct_choice": INDEX, "video_path": TEXT,
         "duration_group?": ID,
     },
-}  # fmt: skip
+}
 
 
 def load_samples(path: str | Path, data_root: str | Path) -> list[Sample]:
@@ -138,16 +138,14 @@ def load_samples(path: str | Path, data_root: str | Path) -> list[Sample]:
 
 
 def parse_json(text: str, place: str | Path) -> object:
-    # Table libraries give every object every key of the table, and null to most of them: a null key counts as absent.
-    drop_nulls = lambda item: {key: value for key, value in item.items() if value is not None}
-    try:
-        return json.loads(text, object_hook=drop_nulls)
+    try:  # Table libraries give every object every key of the table, and null to most: a null key counts as absent.
+        return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if v is not None})
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{place}: is not JSON ({error}): {text[:80]!r}; write one JSON object per line") from None
 
 
 def parse_record(record: object, number: int, root: Path) -> Sample:
-    """One JSON record -> Sample. Raises ValueError with field, value and fix; the caller adds the place."""
+    """One JSON record -> Sample. Raises ValueError with field, value and fix, to which the caller adds the place."""
     if not isinstance(record, dict):
         raise ValueError(f"the record is {record!r:.80}; it must be a JSON object")
     # The nearest shape rather than the only one that fits, so that an error can name the field that is missing.
@@ -171,7 +169,7 @@ def parse_record(record: object, number: int, root: Path) -> Sample:
             question=text, response=record["response"],
             video=inside(root, "prompt", video) if video else None,
             image=inside(root, "prompt", image) if image else None,
-        )  # fmt: skip
+        )
 
     if shape == "LongVideoBench":
         options, gold = tuple(map(one_line, record["candidates"])), record["correct_choice"]
@@ -181,7 +179,7 @@ def parse_record(record: object, number: int, root: Path) -> Sample:
             sample_id=str(record["id"]), question=record["question"], group=str(record["duration_group"]),
             video=inside(root, "video_path", "videos", record["video_path"]), image=None,
             options=options, gold=string.ascii_uppercase[gold],
-        )  # fmt: skip
+        )
 
     # Training and validation. The clips are already cut, so the frame numbers of the steps are not used.
     source = record["video_source"]
@@ -201,7 +199,7 @@ def parse_record(record: object, number: int, root: Path) -> Sample:
         video=inside(root, "video_basename", "videos", source, record["video_basename"]) if progress else None,
         image=inside(root, "current_observation_basename", "images", source, record["current_observation_basename"]),
         **choice,
-    )  # fmt: skip
+    )
 
 
 def parse_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
@@ -399,7 +397,7 @@ def read_video(path: Path, frames: Frames) -> np.ndarray:
 
 
 def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 RGB (F, H, W, 3) -> patches (S, 1176) float32, and how many (1, 3) int64 in (time, height, width).
+    """uint8 RGB (F, H, W, 3) -> patches (S, 1176) float32, and their numbers in (time, height, width), (1, 3) int64.
 
     F is even, or 1: the frame of an image is repeated to fill the temporal patch. H and W are multiples of 28. Else
     ValueError. The four patches that the vision tower merges into one token are neighbours in S.
@@ -419,7 +417,7 @@ def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
         grid_h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 2 row of tokens, 3 row of patches in it, 4 row of pixels
         grid_w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 5, 6, 7 the same for columns
         channels,  # 8
-    )  # fmt: skip
+    )
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # which patch: 0 2 5 3 6; inside it: channel, frame, row, column
     return x.reshape(grid_t * grid_h * grid_w, -1), torch.tensor([[grid_t, grid_h, grid_w]])
 

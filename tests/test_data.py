@@ -179,6 +179,10 @@ def test_relative_path_is_below_the_data_root(root):
 def test_options_take_one_line(root):
     (sample,) = load(root, {**TRAINING, "answer": " grab\n onion ", "negative_answers": ["x\nB. y"]})
     assert sample.answer == "grab onion" and sample.negatives == ("x B. y",)
+    (sample,) = load(root, {**VALIDATION, "choice_a": "x\nB. y"})
+    assert sample.options[0] == "x B. y"
+    (sample,) = load(root, {**LONG_VIDEO, "candidates": ["x\nB. y", "z "]})
+    assert sample.options == ("x B. y", "z")
 
 
 REMOVED = object()
@@ -495,7 +499,8 @@ def test_hanging_decoder_is_stopped(broken, children):
 @pytest.mark.parametrize("crash, says", [
     (lambda: os.kill(os.getpid(), signal.SIGKILL), "Killed"), (lambda: ctypes.string_at(0), "Segmentation"),
     (lambda: os._exit(3), "status 3"), (lambda: os._exit(0), "status 0"), (lambda: os.abort(), "Abort"),
-    (lambda: sys.exit(1), "status 1"), (lambda: (_ for _ in ()).throw(MemoryError("9 GB\ntrace")), "MemoryError: 9 GB$")])
+    (lambda: sys.exit(1), "status 1"),
+    (lambda: (_ for _ in ()).throw(MemoryError("9 GB\ntrace")), "MemoryError: 9 GB$")])
 def test_crashing_decoder_is_reported(broken, children, monkeypatch, crash, says):
     monkeypatch.setattr(data.decord, "VideoReader", lambda *_, **__: (faulthandler.disable(), crash()))
     with pytest.raises(ValueError, match=rf"good.mp4: .*{says}"):
