@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from data import Frames, VideoDataset, first_letter, load_samples, make_loader, parse_answer
 from grpo_video import completion_text, generate
-from model import (arg, blank_example, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, parse_args,
-                   resolve_toy, setup, vision_token_ids)
+from model import (arg, blank_example, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, open_run,
+                   parse_args, resolve_toy, setup, vision_token_ids)
 
 
 @dataclass
@@ -51,12 +51,14 @@ class Args:
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
     # generation
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
-    batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed, no effect on results")
+    batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed; results change by rounding only")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
     num_workers: int = arg(2, "processes per rank that decode video ahead of the model")
 
     def __post_init__(self):
         check_ranges(self, max_samples=(0, None), max_completion_length=(1, None), batch_size=(1, None), num_workers=(0, None))
+        if len(set(self.eval_files)) < len(self.eval_files):
+            raise ValueError(f"--eval_files {' '.join(self.eval_files)}: a file is named twice")
         if self.grader not in GRADERS:
             raise ValueError(f"--grader {self.grader!r}: must be one of {', '.join(GRADERS)}")
 
@@ -71,8 +73,8 @@ TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64)
 PUBLISHED = {
     ("validation_L1", 2432): {"": (34.79, 43.79, 46.01)},
     ("validation_L2", 923): {"": (34.02, 44.10, 50.16)},
-    ("validation_L3", 1321): {"": (31.57, 38.15, 44.89), "Daily life": (31.21, 38.27, 48.52), "Hobbies": (32.30, 41.02, 45.08),
-                              "Recreation": (33.33, 32.24, 43.72), "Work": (30.69, 38.61, 41.34)},
+    ("validation_L3", 1321): {"": (31.57, 38.15, 44.89), "daily life": (31.21, 38.27, 48.52), "hobbies": (32.30, 41.02, 45.08),
+                              "recreation": (33.33, 32.24, 43.72), "work": (30.69, 38.61, 41.34)},
     ("lvb_val", 1337): {"": (32.9, 40.0, 43.4)},
 }
 
@@ -109,7 +111,7 @@ def summarise(records: list[dict]) -> list[dict]:
     rows = []
     for file in dict.fromkeys(r["file"] for r in records):
         of_file = [r for r in records if r["file"] == file]
-        groups = sorted({r["group"] for r in of_file} - {""})
+        groups = sorted({r["group"] for r in of_file} - {""}, key=lambda group: (len(group), group) if group.isdigit() else (0, group))
         published = PUBLISHED.get((Path(file).stem, len(of_file)), {})
         for group in ("", *groups):
             part = [r for r in of_file if group in ("", r["group"])]
@@ -119,7 +121,7 @@ def summarise(records: list[dict]) -> list[dict]:
                 "file": file, "group": group, "n": len(part), "correct": correct, "accuracy": correct / len(part),
                 "wilson_low": low, "wilson_high": high, "parse_rate": sum(r["parsed"] is not None for r in part) / len(part),
                 "truncated_frac": sum(r["truncated"] for r in part) / len(part), "bad_samples": sum(bool(r["error"]) for r in part),
-                "published": published.get(group)})
+                "published": published.get(group.lower())})
     return rows
 
 
@@ -200,12 +202,16 @@ def main(args: Args) -> list[dict]:
         if not path.exists():
             raise ValueError(f"--compare {args.compare}: there is no samples.jsonl in it; give the output_dir of an evaluation")
         other = [json.loads(line) for line in path.read_text().splitlines()]
+        grader = json.loads((Path(args.compare) / "args.json").read_text())["grader"]
+        if grader != args.grader:
+            raise ValueError(f"--compare {args.compare} was graded with {grader}; give --grader {grader}")
 
     # 2 model: an actor on every rank, and no process waits for another while it decodes
     tokenizer = load_tokenizer(args.model)
     actor = load_actor(args, device)
 
     # 3 answers
+    output_dir = open_run(args)
     records = [record for file in args.eval_files for record in answer_file(file, actor, tokenizer, args, rank, world_size)]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
@@ -219,8 +225,6 @@ def main(args: Args) -> list[dict]:
     compared = compare(records, other, args.compare) if args.compare else []
 
     # 5 finish
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / "samples.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
@@ -233,3 +237,4 @@ def main(args: Args) -> list[dict]:
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))
+    dist.destroy_process_group()

@@ -7,12 +7,13 @@
     torchrun --nnodes 2 --node_rank R --master_addr HOST --nproc_per_node 8 grpo_video.py ...      # two nodes
 
 One step, in the order of `main`:
-    1 sample    G completions o_1 .. o_G for each of B prompts q from the current policy
-    2 reward    r_i = 1 if the answer parsed from o_i is right, else 0
-    3 advantage A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group: the group is the baseline, no value network
-    4 ratio     rho_it = pi_theta(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
-    5 loss      L_it = -min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta KL_it
-    6 update    AdamW on the mean of L_it
+    1 sample     G completions o_1 .. o_G for each of B prompts q from the current policy
+    2 reward     r_i = 1 if the answer parsed from o_i is right, else 0
+    3 advantage  A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group: the group is the baseline, no value network
+    4 ratio      rho_it = pi_theta(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
+    5 objective  L_it = -min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)
+    6 KL         L_it += beta (pi_ref / pi_theta - log(pi_ref / pi_theta) - 1)
+    7 update     AdamW on the mean of L_it over the tokens of a completion, then over completions
 
 Symbols: pi_theta -> logps, pi_old -> old_logps, pi_ref -> ref_logps, rho -> ratio, A -> advantages, G -> group_size,
 beta -> kl_coef, eps -> clip_low, clip_high. Letters: B prompts, G completions per prompt, N = B * G rows, P prompt tokens,
@@ -32,14 +33,13 @@ Where this departs from the published SEED-Bench-R1 run, and why:
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean, clip
 higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.20783. k3: Schulman, "Approximating KL".
 """
-import dataclasses
+import math
 import random
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,7 +70,7 @@ class Args:
     group_size: int = arg(8, "G: completions per prompt, >= 2")
     temperature: float = arg(1.0, "of sampling, and so of every log-prob, > 0")
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
-    rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed, no effect on results")
+    rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed; results change by rounding only")
     # objective
     format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1, >= 0")
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
@@ -86,7 +86,7 @@ class Args:
     learning_rate: float = arg(1e-6, "peak; decays linearly to 0 over the run, without warm-up")
     weight_decay: float = arg(0.0, "AdamW's")
     max_grad_norm: float = arg(1.0, "global gradient norm is clipped to this")
-    micro_batch_size: int = arg(8, "completions per forward and backward on one rank: memory against speed, no effect on results")
+    micro_batch_size: int = arg(8, "completions per forward and backward on one rank: memory against speed; results change by rounding only")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
     # logging
@@ -100,15 +100,15 @@ class Args:
                      format_weight=(0, None), kl_coef=(0, None), clip_low=(0, 1), clip_high=(0, None),
                      prompts_per_step=(1, None), num_updates=(1, None), num_epochs=(1, None), max_steps=(0, None),
                      learning_rate=(0, None), weight_decay=(0, None), micro_batch_size=(1, None), num_workers=(0, None),
-                     sample_every=(1, None), save_every=(0, None), max_samples=(0, None))
-        if self.temperature <= 0:
+                     sample_every=(1, None), save_every=(0, None), max_samples=(0, None), max_grad_norm=(0, None))
+        if not self.temperature > 0:  # NaN is not, either
             raise ValueError(f"--temperature {self.temperature}: must be > 0; greedy groups are identical and teach nothing")
         if self.loss_agg not in ("sequence_mean", "token_mean", "constant"):
             raise ValueError(f"--loss_agg {self.loss_agg!r}: must be sequence_mean, token_mean or constant")
 
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, max_completion_length=64, prompts_per_step=8, micro_batch_size=32, max_steps=150,
+TOY = dict(image_size=56, num_frames=8, max_completion_length=64, prompts_per_step=8, micro_batch_size=32, max_steps=180,
            learning_rate=2e-4, kl_coef=0.0, gradient_checkpointing=False, output_dir="out/toy_grpo")
 
 
@@ -118,7 +118,7 @@ TOY = dict(image_size=56, num_frames=8, max_completion_length=64, prompts_per_st
 def group_advantages(rewards: Tensor, use_std: bool = True) -> Tensor:
     """How much better each completion is than its group: (B, G) float rewards -> (B, G) advantages.
 
-    Source: arXiv 2402.03300, section 4.1.2. A group whose rewards are all equal gets advantages of exactly 0.
+    Source: arXiv 2402.03300, section 4.1.2. A group of equal rewards gets 0, up to rounding.
     """
     # A_i = (r_i - mean(r)) / (std(r) + 1e-4), std with G - 1 as in the release.
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -320,28 +320,28 @@ def main(args: Args) -> Path:
     args = resolve_toy(args)
     if args.prompts_per_step % world_size:
         raise ValueError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of the {world_size} ranks")
-    output_dir = open_run(args)
 
-    # 2 model
-    tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args, device)
-    reference = load_policy(args, device, frozen=True) if args.kl_coef > 0 else None
-    actor = make_actor(policy, device)
-    pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
-
-    # 3 data
+    # 2 data
     samples = load_samples(args.train_file, args.data_root)[:args.max_samples or None]
     if any(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: these records are for SFT (they have a 'response' and no gold answer); "
                          "GRPO needs the training shape, such as training_6k.jsonl")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
+    tokenizer = load_tokenizer(args.model)
     dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), args.seed)
+
+    # 3 model
+    policy = load_policy(args, device)
+    reference = load_policy(args, device, frozen=True) if args.kl_coef > 0 else None
+    actor = make_actor(policy, device)
+    pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay)
 
-    # 5 resume
+    # 5 output folder, resume
+    output_dir = open_run(args, args.resume)
     first_step = 0
     if args.resume:
         first_step = load_checkpoint(output_dir, policy, optimizer)
@@ -360,7 +360,7 @@ def main(args: Args) -> Path:
     for step, examples in enumerate(loader, first_step):
         seconds = {"data_s": clock() - start}
 
-        # 6a sample G completions per prompt
+        # 6a completions: sampled by the policy, G per prompt
         usable = torch.tensor([not e.error for e in examples], device=device)  # (B,) bool
         for example in examples:
             if example.error:
@@ -372,30 +372,39 @@ def main(args: Args) -> Path:
         # 6b rewards and advantages
         texts = [completion_text(tokenizer, ids, length, end_ids)
                  for ids, length in zip(rollout.completion_ids, rollout.lengths.tolist())]
-        rows = [(text, examples[n // args.group_size]) for n, text in enumerate(texts)]
-        accuracy = torch.tensor([accuracy_reward(text, e) for text, e in rows], device=device)  # (N,)
-        formatted = torch.tensor([format_reward(text) for text, _ in rows], device=device)  # (N,)
-        parsed = torch.tensor([parse_answer(text, e.options) is not None for text, e in rows], device=device)  # (N,)
+        answers = [(text, examples[n // args.group_size]) for n, text in enumerate(texts)]  # N pairs
+        accuracy = torch.tensor([accuracy_reward(text, e) for text, e in answers], device=device)  # (N,)
+        formatted = torch.tensor([format_reward(text) for text, _ in answers], device=device)  # (N,)
+        parsed = torch.tensor([parse_answer(text, e.options) is not None for text, e in answers], device=device)  # (N,) bool
         rewards = (accuracy + args.format_weight * formatted).view(-1, args.group_size)  # (B, G)
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
+        if rank == 0 and step % args.sample_every == 0:  # reading completions is the first debugging tool
+            g = step // args.sample_every % args.group_size  # another place in the group each time
+            report = (f"\n--- step {step}, sample {examples[0].sample.sample_id}, gold {examples[0].gold}\n"
+                      f"{examples[0].prompt_text}\n>>> {texts[g]}\n"
+                      f"=== reward {rewards[0, g].item():.2f}, advantage {advantages[g].item():+.2f}")
+            tqdm.write(report)
+            with open(output_dir / "samples.txt", "a") as file:
+                file.write(report + "\n")
 
         # 6c counts of the whole step: the denominators, fixed before the first backward
         row_usable = usable.repeat_interleave(args.group_size)  # (N,)
         mask = rollout.mask & row_usable[:, None]  # (N, C)
         ended = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=device)) & rollout.mask
-        group_std = rewards.std(dim=1)
+        flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
         counts = sum_over_ranks({
             "rows": row_usable.sum(), "groups": usable.sum(), "tokens": mask.sum(), "bad_videos": (~usable).sum(),
             "reward": (rewards.flatten() * row_usable).sum(), "accuracy": (accuracy * row_usable).sum(),
             "format": (formatted * row_usable).sum(), "parsed": (parsed & row_usable).sum(),
-            "truncated": (~ended.any(dim=1) & row_usable).sum(), "group_std": (group_std * usable).sum(),
-            "flat_groups": ((group_std == 0) & usable).sum()}, device)
+            "truncated": (~ended.any(dim=1) & row_usable).sum(), "group_std": (rewards.std(dim=1) * usable).sum(),
+            "flat_groups": (flat & usable).sum()}, device)
         if counts["rows"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
         weights = token_weights(mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
 
-        # 6d log-probs under the reference, and under the sampling policy if it will have moved before its last use
-        batches = [range(i, min(i + args.micro_batch_size, len(rows))) for i in range(0, len(rows), args.micro_batch_size)]
+        # 6d log-probs under the reference, and under the sampling policy if it will move before their last use
+        N = len(answers)
+        batches = [range(i, min(i + args.micro_batch_size, N)) for i in range(0, N, args.micro_batch_size)]
         ref_logps = score(reference, rollout, batches, args, pad_id, banned_ids) if reference is not None else None
         old_logps = score(policy, rollout, batches, args, pad_id, banned_ids) if args.num_updates > 1 else None
         seconds["score_s"] = clock() - start - sum(seconds.values())
@@ -418,13 +427,14 @@ def main(args: Args) -> Path:
                 # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()
                 sums["loss"] += loss.detach()
-                actor_gap = (logps.detach() - rollout.logps[part]).abs()
-                for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped), ("actor_gap", actor_gap)):
+                for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped)):
                     sums[name] += value[mask[part]].sum()
+                if update == 0:  # later the two differ because the policy has moved
+                    sums["actor_gap"] += (logps.detach() - rollout.logps[part])[mask[part]].abs().sum()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
-            if not np.isfinite(grad_norm):
-                raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; resume from the last checkpoint with a "
-                                         "lower --learning_rate, and look at this step's completions in samples.txt")
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; look at the last completions in "
+                                         f"{output_dir / 'samples.txt'}, and start again with a lower --learning_rate")
             optimizer.step()
             optimizer.zero_grad()
         copy_weights(policy, actor)
@@ -440,7 +450,7 @@ def main(args: Args) -> Path:
             "format_rate": counts["format"] / counts["rows"], "flat_group_frac": counts["flat_groups"] / counts["groups"],
             "completion_length": counts["tokens"] / counts["rows"], "truncated_frac": counts["truncated"] / counts["rows"],
             "loss": sums["loss"] / args.num_updates, "entropy": sums["entropy"] / token_updates,
-            "clip_frac": sums["clipped"] / token_updates, "actor_gap": sums["actor_gap"] / token_updates,
+            "clip_frac": sums["clipped"] / token_updates, "actor_gap": sums["actor_gap"] / counts["tokens"],
             "grad_norm": grad_norm, "lr": lr, "bad_videos": int(counts["bad_videos"]),
             "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, **seconds}
         if reference is not None:
@@ -451,14 +461,6 @@ def main(args: Args) -> Path:
                                      f"parse {metrics['parse_rate']:.2f} len {metrics['completion_length']:.0f} "
                                      f"| {health(metrics)}")
             progress.update()
-            if step % args.sample_every == 0:
-                n = step // args.sample_every % args.group_size  # another place in the group each time
-                report = (f"\n--- step {step}, sample {examples[0].sample.sample_id}, gold {examples[0].gold}\n"
-                          f"{examples[0].prompt_text}\n>>> {texts[n]}\n"
-                          f"=== reward {rewards[0, n].item():.2f}, advantage {advantages[n].item():+.2f}")
-                tqdm.write(report)
-                with open(output_dir / "samples.txt", "a") as file:
-                    file.write(report + "\n")
         if args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(output_dir, step + 1, policy, optimizer)
         start = clock()
@@ -471,3 +473,4 @@ def main(args: Args) -> Path:
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))
+    torch.distributed.destroy_process_group()

@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgumentParser, Qwen2VLForConditionalGeneration
 from transformers.utils import cached_file
 
 from data import Example, encode_prompt, patchify, rope_positions
@@ -70,12 +71,19 @@ def parse_args(args_class, toy: dict, argv: list[str] | None = None):
     Prints which values are in use and where each comes from.
     """
     parser = HfArgumentParser(args_class)
+    argv = sys.argv[1:] if argv is None else argv
     args, = parser.parse_args_into_dataclasses(argv)
     if args.data_root == "toy":
+        if args.model != "toy" and not Path(args.model).is_dir():
+            raise ValueError(f"--model {args.model} needs --data_root; without it the toy world's data and hyper-parameters apply, "
+                             "which only suit a local folder of a model made for it")
         parser.set_defaults(**toy)
         args, = parser.parse_args_into_dataclasses(argv)
+    elif args.model == "toy":
+        raise ValueError(f"--data_root {args.data_root} needs --model, such as Qwen/Qwen2-VL-7B-Instruct: the toy model reads the "
+                         "toy world only")
     if os.environ.get("RANK", "0") == "0":
-        flags = {word.split("=")[0].lstrip("-").removeprefix("no_") for word in (sys.argv[1:] if argv is None else argv)}
+        flags = {word.split("=")[0][2:].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
         for name, value in vars(args).items():
             origin = "flag" if name in flags else "toy world" if args.data_root == "toy" and name in toy else "default"
             print(f"{name:24} {value!s:40} {origin}")
@@ -93,11 +101,9 @@ def setup() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # An hour, not the usual 10 minutes: the others wait while rank 0 downloads and reads the model.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -143,13 +149,17 @@ def check_qwen2_vl(model: str):
 def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL from a local folder or hub id (safetensors only), on the CPU, whole on rank 0 and *empty* elsewhere.
 
-    Only rank 0 reads the file: 8 ranks of float32 7B would need 240 GB of host memory. The other ranks get the right
-    shapes on memory that is never touched, and their shards arrive by broadcast in `shard`.
+    Only rank 0 reads the file: 8 ranks of float32 7B would need 265 GB of host memory. The other ranks get the right
+    shapes on memory that nobody has written, and their shards arrive by broadcast in `shard`.
     """
     config = check_qwen2_vl(model)
     if dist.get_rank() == 0:
         return Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    return empty_qwen(config, dtype, torch.device("cpu"))
+    qwen = empty_qwen(config, dtype, torch.device("cpu"))
+    # A file of its own, with more end tokens in it than the config has: all ranks must stop at the same ones.
+    if cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+        qwen.generation_config = GenerationConfig.from_pretrained(model)
+    return qwen
 
 
 def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
@@ -172,8 +182,11 @@ def shard(policy: "Policy", device: torch.device) -> None:
     master_dtype = next(policy.parameters()).dtype
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=master_dtype)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in (qwen.model.visual, *qwen.model.language_model.layers, policy):
+    for unit in (qwen.model.visual, *qwen.model.language_model.layers):
         fully_shard(unit, mesh=mesh, mp_policy=mixed)
+    # The root's weights stay gathered from forward to backward, unless there is no backward that would free them.
+    learns = any(p.requires_grad for p in policy.parameters())
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not learns)
     # Until here every rank has sharded its own copy, which is real on rank 0 only.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy, full if dist.get_rank() == 0 else {}, options=options)
@@ -241,7 +254,7 @@ def collate_prompts(examples: list[Example], pad_id: int, device: torch.device) 
     # Not P: a video of 648 tokens advances the positions by 9 only (its largest grid side after the 2x2 merge).
     next_position = position_ids.amax((0, 2)) + 1
     batch = Prompts(ids, mask, position_ids, next_position, torch.cat(pixel_values), torch.cat(grid_thw))
-    return Prompts(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
+    return Prompts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
 def blank_example(example: Example, tokenizer, config) -> Example:
@@ -306,7 +319,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    chunks = [checkpoint(one_chunk, h, t, use_reentrant=False)
+    chunks = [checkpoint(one_chunk, h, t, use_reentrant=False, preserve_rng_state=False)
               for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))]
     logps, entropy = zip(*chunks)
     return torch.cat(logps), torch.cat(entropy)
@@ -388,7 +401,7 @@ def make_actor(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
 
 
 def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """The model of --model as an actor that nobody trains, for evaluation: read by each rank for itself."""
+    """The model of --model as an actor that nobody trains, for evaluation: each rank reads a whole copy for itself."""
     check_qwen2_vl(args.model)
     actor = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype=compute_dtype(args, device), use_safetensors=True)
     return actor.to(device).eval().requires_grad_(False)
@@ -397,16 +410,34 @@ def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
 # ----------------------------------------------------------------------------------------------------------------------
 # What is written: an ordinary Hugging Face folder at the end, and checkpoints to resume from on the way.
 
-def open_run(args) -> Path:
-    """Makes args.output_dir and writes args.json into it. A run that is there already is moved aside, never overwritten."""
-    output_dir = Path(args.output_dir)
-    if dist.get_rank() == 0:
-        if not args.resume and (output_dir / "args.json").exists():
+# Flags that may differ between a run and its resumption; any other would make it another run.
+FREE_ON_RESUME = {"output_dir", "resume", "num_workers", "sample_every", "save_every", "micro_batch_size", "rollout_prompts",
+                  "gradient_checkpointing"}
+
+
+def open_run(args, resume: bool = False) -> Path:
+    """Makes args.output_dir with args.json in it; called when all else is ready, so that a typo touches nothing. Collective.
+
+    A run that is there already is moved aside, never overwritten. With `resume` it is continued instead: ValueError if the
+    flags are not the same, because the order of data, the learning rate or the loss would change half-way.
+    """
+    output_dir, settings = Path(args.output_dir), Path(args.output_dir) / "args.json"
+    if Path(args.model).resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(f"--model {args.model} lies in --output_dir {output_dir}, which is about to be moved aside; give another")
+    if resume and settings.exists():
+        before = json.loads(settings.read_text())
+        changed = [f"--{name} {value} (it was {before.get(name)})" for name, value in vars(args).items()
+                   if name not in FREE_ON_RESUME and before.get(name) != value]
+        if changed:
+            raise ValueError(f"--resume continues the run in {output_dir}, but with {', '.join(changed)}; give the same flags")
+    dist.barrier()  # every rank has looked before rank 0 writes
+    if dist.get_rank() == 0 and not resume:
+        if settings.exists():
             old = next(path for n in itertools.count(1) if not (path := Path(f"{output_dir}.old{n}")).exists())
             output_dir.rename(old)
-            print(f"{output_dir} held a run already: it is now {old} (give --resume to continue it instead)")
+            print(f"{output_dir} held an earlier run: it is now {old}")
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        settings.write_text(json.dumps(vars(args), indent=1) + "\n")
     dist.barrier()
     return output_dir
 
@@ -453,8 +484,8 @@ def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torc
 def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
     """Restores the newest complete checkpoint in place and returns its step. Collective.
 
-    Any number of ranks may resume what any other number has saved. Load only checkpoints that you trust: the format holds
-    pickles, so a checkpoint folder is code.
+    Any number of ranks may resume what any other number has saved, as long as all see the folder (with several nodes: a
+    shared file system). Load only checkpoints that you trust: the format holds pickles, so a checkpoint folder is code.
     """
     # `.metadata` is written last: a folder without it is from a run that died while saving.
     complete = sorted(path.parent for path in (output_dir / "checkpoints").glob("step_*/.metadata"))
@@ -467,6 +498,6 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Opt
     step = int(complete[-1].name.removeprefix("step_"))
     metrics = output_dir / "metrics.jsonl"
     if dist.get_rank() == 0 and metrics.exists():  # steps after the checkpoint will be run, and logged, once more
-        lines = metrics.read_text().splitlines(keepends=True)
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]  # a killed run tears one
         metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
     return step

@@ -15,6 +15,7 @@ Where this departs from the published run, and why:
     1. No prompt token is trained; the published code's masks had them in.
     2. The mean is over the tokens of the whole step: ranks and micro-batches only split a sum.
     3. An unreadable video gets weight 0 and is counted, never replaced.
+    4. The warm-up starts one step above 0: a step at rate 0 would be wasted.
 
 Reference: SEED-Bench-R1, arXiv 2503.24376.
 """
@@ -23,7 +24,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -56,7 +56,7 @@ class Args:
     warmup_ratio: float = arg(0.1, "part of the run in which the rate rises linearly to its peak; then a cosine to 0")
     weight_decay: float = arg(0.0, "AdamW's")
     max_grad_norm: float = arg(1.0, "global gradient norm is clipped to this")
-    micro_batch_size: int = arg(2, "records per forward and backward on one rank: memory against speed, no effect on results")
+    micro_batch_size: int = arg(2, "records per forward and backward on one rank: memory against speed; results change by rounding only")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
     # logging
@@ -66,7 +66,7 @@ class Args:
 
     def __post_init__(self):
         check_ranges(self, prompts_per_step=(1, None), num_epochs=(1, None), max_steps=(0, None), learning_rate=(0, None),
-                     warmup_ratio=(0, 1), weight_decay=(0, None), micro_batch_size=(1, None), num_workers=(0, None),
+                     warmup_ratio=(0, 1), weight_decay=(0, None), max_grad_norm=(0, None), micro_batch_size=(1, None), num_workers=(0, None),
                      save_every=(0, None), max_samples=(0, None))
 
 
@@ -99,36 +99,36 @@ def main(args: Args) -> Path:
     args = resolve_toy(args)
     if args.prompts_per_step % world_size:
         raise ValueError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of the {world_size} ranks")
-    output_dir = open_run(args)
 
-    # 2 model
-    tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args, device)
-
-    # 3 data
+    # 2 data
     samples = load_samples(args.train_file, args.data_root)[:args.max_samples or None]
     if not all(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: its records have no 'response' to learn from; SFT needs the shape of "
                          "training_with_cot_6k.jsonl ('prompt' messages and a 'response')")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
+    tokenizer = load_tokenizer(args.model)
     dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), args.seed)
+
+    # 3 model
+    policy = load_policy(args, device)
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay)
 
-    # 5 resume
+    # 5 output folder, resume
+    output_dir = open_run(args, args.resume)
     first_step = load_checkpoint(output_dir, policy, optimizer) if args.resume else 0
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(samples), args.seed, rank, world_size)
                                    for step in range(first_step, num_steps)], args.num_workers)
 
-    # 6 loop
+    # 6 loop; the letters are those of grpo_video.py, where b is the rewards and d the other policies' log-probs
     progress = tqdm(total=num_steps, initial=first_step, desc="sft", disable=rank != 0, dynamic_ncols=True)
     start = time.perf_counter()
     for step, examples in enumerate(loader, first_step):
         data_s = time.perf_counter() - start
 
-        # 6a responses of the step
+        # 6a completions: the teacher's
         usable = torch.tensor([not e.error for e in examples], device=device)  # (B,) bool
         for example in examples:
             if example.error:
@@ -137,12 +137,12 @@ def main(args: Args) -> Path:
         response_ids, lengths = (t.to(device) for t in encode_responses(tokenizer, examples))
         mask = completion_mask_from(lengths, response_ids.shape[1])  # (B, C) bool
 
-        # 6b counts of the whole step: the denominator, fixed before the first backward
+        # 6c counts of the whole step: the denominators, fixed before the first backward
         counts = sum_over_ranks({"tokens": (mask & usable[:, None]).sum(), "bad_videos": (~usable).sum()}, device)
         if counts["tokens"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
 
-        # 6c update
+        # 6e update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -161,13 +161,12 @@ def main(args: Args) -> Path:
             sums["loss"] += loss.detach()
             sums["entropy"] += (entropy * weights).sum()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
-        if not np.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: gradient norm is {grad_norm}; resume from the last checkpoint with a "
-                                     "lower --learning_rate")
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; start again with a lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad()
 
-        # 6d log
+        # 6f log
         sums = sum_over_ranks(sums, device)
         step_s = time.perf_counter() - start
         if rank == 0:
@@ -188,3 +187,4 @@ def main(args: Args) -> Path:
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))
+    torch.distributed.destroy_process_group()

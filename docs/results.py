@@ -7,6 +7,7 @@ Expected in the folder: base/ (an evaluation of the base model) and any of grpo_
 with its evaluation in eval/).
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def smooth(values: list[float], width: int = 9) -> np.ndarray:
 
 def main(folder: Path, picture: Path) -> None:
     base = levels(folder / "base")
-    runs = {name: sorted(folder.glob(f"{prefix}_seed*")) for name, prefix in (("SFT", "sft"), ("GRPO", "grpo"))}
+    runs = {name: sorted(path for path in folder.iterdir() if re.fullmatch(rf"{prefix}_seed\d+", path.name))  # not .old1
+            for name, prefix in (("SFT", "sft"), ("GRPO", "grpo"))}
     runs = {name: paths for name, paths in runs.items() if paths}
     evals = {name: [levels(path / "eval") for path in paths] for name, paths in runs.items()}
 

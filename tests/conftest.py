@@ -1,9 +1,12 @@
 """What several test files share: the toy world, its base model, and a batch of examples of different shapes."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: these tests are about CPUs, on any machine
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

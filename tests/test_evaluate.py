@@ -2,8 +2,10 @@
 import itertools
 import json
 import math
+import sys
 
 import pytest
+from conftest import ROOT
 
 import evaluate
 from evaluate import compare, mcnemar_p, print_table, summarise, wilson_interval
@@ -75,3 +77,16 @@ def test_first_letter_grader_is_there_for_parity():
     assert evaluate.GRADERS["first_letter"]("<answer>Apple</answer>", ("x", "y")) == "A"
     assert evaluate.GRADERS["strict"]("<answer>Apple</answer>", ("x", "y")) is None
     assert json.dumps(evaluate.TOY)
+
+
+def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "docs"))
+    import results
+    row = {"file": "annotations/validation_L1.jsonl", "group": "", "n": 10, "accuracy": 0.3, "wilson_low": 0.1, "wilson_high": 0.6}
+    for folder, accuracy in (("base", 0.3), ("grpo_seed0/eval", 0.8), ("grpo_seed1/eval", 0.9), ("grpo_seed0.old1/eval", 0.1)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "results.json").write_text(json.dumps({"rows": [{**row, "accuracy": accuracy}]}))
+        (tmp_path / folder).parent.joinpath("metrics.jsonl").write_text(json.dumps({"step": 0, "accuracy": 0.5}) + "\n")
+    results.main(tmp_path, tmp_path / "picture.png")
+    assert "| GRPO, 2 seeds | 85.0% (80.0% to 90.0%) |" in capsys.readouterr().out
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

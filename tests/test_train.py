@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FRAMES, ROOT
 from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration
 
 import evaluate
 import grpo_video
 import sft_video
 import toy
-from data import VideoDataset, load_samples
-from model import load_policy, parse_args
-from transformers import Qwen2VLForConditionalGeneration
+from data import VideoDataset, load_samples, step_batch
+from model import parse_args
 
 
 def grpo_args(output_dir, **changes):
@@ -38,9 +38,9 @@ def torchrun(script, ranks, *flags):
     return run.stdout
 
 
-def update(final):
+def update(final, base=toy.BASE):
     """What training has added to the base, all weights in one vector."""
-    after, before = load_file(Path(final) / "model.safetensors"), load_file(toy.BASE / "model.safetensors")
+    after, before = load_file(Path(final) / "model.safetensors"), load_file(Path(base) / "model.safetensors")
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in sorted(before)])
 
 
@@ -71,7 +71,9 @@ def one_process_run(tmp_path_factory, world):
     """One float64 step with every part of the objective switched on."""
     output_dir = tmp_path_factory.mktemp("one")
     grpo_video.main(grpo_args(output_dir, **COMMON))
-    assert metrics_of(output_dir)[0]["group_std"] > 0, "no reward differs within a group: the update would show nothing"
+    m, = metrics_of(output_dir)
+    assert m["group_std"] > 0, "no reward differs within a group: the update would show nothing"
+    assert m["actor_gap"] < 1e-9 and m["kl"] > 0  # before the first update the learner is the sampler; after it, not the reference
     return output_dir
 
 
@@ -86,6 +88,30 @@ def test_two_ranks_make_the_update_of_one(one_process_run, tmp_path):
         if not name.endswith("_s"):
             assert one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-6), name
     assert relative_difference(update(tmp_path / "two/final"), update(one_process_run / "final")) < 1e-6
+
+
+def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world):
+    # As hub folders are: the generation config lists two end tokens, the config one. All ranks must know both.
+    base = tmp_path / "base"
+    shutil.copytree(toy.BASE, base)
+    qwen = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    config = qwen.config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    untied = Qwen2VLForConditionalGeneration(config)
+    untied.load_state_dict({**qwen.state_dict(), "lm_head.weight": qwen.lm_head.weight.detach().clone()})
+    end = config.text_config.eos_token_id
+    early = next(i for i in range(len(qwen.lm_head.weight)) if i not in (end, config.text_config.pad_token_id))
+    untied.generation_config = qwen.generation_config
+    untied.generation_config.eos_token_id = [end, early + 100]  # some word, so that it does come up
+    untied.save_pretrained(base)
+    flags = {"dtype": "float64", "prompts_per_step": 4, "max_steps": 1, "max_completion_length": 16, "temperature": 1.5,
+             "learning_rate": 1e-4}
+    torchrun("grpo_video.py", 2, "--model", str(base), *(w for k, v in flags.items() for w in (f"--{k}", str(v))),
+             "--output_dir", str(tmp_path / "two"))
+    grpo_video.main(grpo_args(tmp_path / "one", **flags, model=str(base)))
+    one, two = (metrics_of(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["completion_length"] == two["completion_length"] and one["truncated_frac"] == two["truncated_frac"]
+    assert relative_difference(update(tmp_path / "two/final", base), update(tmp_path / "one/final", base)) < 1e-6
 
 
 @pytest.mark.parametrize("changes", [dict(micro_batch_size=3), dict(rollout_prompts=1), dict(gradient_checkpointing=True)])
@@ -122,15 +148,24 @@ def test_resumed_run_is_bit_identical(tmp_path, world, script, make_args):
     assert [line["step"] for line in again] == [0, 1, 2, 3] and again[3]["loss"] == lines[3]["loss"]
 
 
-def test_resume_without_a_checkpoint_is_an_error(tmp_path, world):
+def test_resume_without_a_checkpoint_or_with_other_flags_is_an_error(tmp_path, world):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         grpo_video.main(grpo_args(tmp_path, resume=True))
+    grpo_video.main(grpo_args(tmp_path / "run", prompts_per_step=1, max_completion_length=1, save_every=1))
+    with pytest.raises(ValueError, match="--learning_rate 0.5"):
+        grpo_video.main(grpo_args(tmp_path / "run", prompts_per_step=1, max_completion_length=1, resume=True, learning_rate=0.5))
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path, world):
     for _ in range(2):
         grpo_video.main(grpo_args(tmp_path / "run", prompts_per_step=1, max_completion_length=1))
     assert (tmp_path / "run.old1/metrics.jsonl").exists() and (tmp_path / "run/final/model.safetensors").exists()
+    # A mistake must not touch it: a wrong file, or a model inside the folder that would be moved.
+    for mistake, match in ((dict(train_file="nowhere.jsonl"), "nowhere.jsonl"),
+                           (dict(model=str(tmp_path / "run/final")), "lies in --output_dir")):
+        with pytest.raises(ValueError, match=match):
+            grpo_video.main(grpo_args(tmp_path / "run", **mistake))
+    assert (tmp_path / "run/final/model.safetensors").exists() and not (tmp_path / "run.old2").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,14 +174,12 @@ def test_an_earlier_run_is_moved_aside(tmp_path, world):
 def test_unreadable_videos_weigh_nothing_and_are_counted(tmp_path, world):
     # Rank 0 and rank 1 get two samples each; both of rank 1 are spoilt, so that it has nothing of its own to learn from.
     root = small_world(tmp_path / "data", world, keep=4)
-    dataset = VideoDataset(load_samples("annotations/training_6k.jsonl", root), None, None, 0) if False else None
     samples = load_samples("annotations/training_6k.jsonl", root)
-    from data import step_batch
     for _, index in step_batch(0, 4, 4, 0, rank=1, world_size=2):
         samples[index].image.write_bytes(b"not a picture")
-    flags = ["--dtype", "float64", "--prompts_per_step", "4", "--max_steps", "1", "--data_root", str(root), "--image_size", "56",
-             "--num_frames", "8", "--max_completion_length", "40", "--learning_rate", "1e-4", "--kl_coef", "0.1"]
-    output = torchrun("grpo_video.py", 2, *flags, "--output_dir", str(tmp_path / "two"))
+    flags = ["--dtype", "float64", "--prompts_per_step", "4", "--max_steps", "1", "--data_root", str(root), "--model", str(toy.BASE),
+             "--image_size", "56", "--num_frames", "8", "--max_completion_length", "40", "--learning_rate", "1e-4", "--kl_coef", "0.1"]
+    torchrun("grpo_video.py", 2, *flags, "--output_dir", str(tmp_path / "two"))
     m, = metrics_of(tmp_path / "two")
     assert m["bad_videos"] == 2
     # The same update as one process makes of the same four samples, two of them unreadable.
@@ -175,12 +208,16 @@ def test_each_trainer_refuses_the_others_file(tmp_path, world):
 
 
 def test_toy_defaults_apply_without_data_root_and_flags_win(capsys):
-    toy_run = parse_args(grpo_video.Args, grpo_video.TOY, ["--learning_rate", "0.5", "--no_advantage_std"])
+    toy_run = parse_args(grpo_video.Args, grpo_video.TOY, ["--learning-rate=0.5", "--no_advantage_std", "--output_dir", "seed"])
     assert (toy_run.learning_rate, toy_run.image_size, toy_run.advantage_std) == (0.5, grpo_video.TOY["image_size"], False)
     printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert printed["learning_rate"].endswith("flag") and printed["image_size"].endswith("toy world")
+    origins = {"learning_rate": "flag", "advantage_std": "flag", "image_size": "toy world", "seed": "default"}
+    assert all(printed[name].endswith(origin) for name, origin in origins.items())
     real = parse_args(grpo_video.Args, grpo_video.TOY, ["--model", "M", "--data_root", "D"])
     assert real == grpo_video.Args(model="M", data_root="D")  # the paper's
+    for half in (["--model", "Qwen/Qwen2-VL-7B-Instruct"], ["--data_root", "D"]):
+        with pytest.raises(ValueError, match="needs --(data_root|model)"):
+            parse_args(grpo_video.Args, grpo_video.TOY, half)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,7 +225,7 @@ def test_toy_defaults_apply_without_data_root_and_flags_win(capsys):
 
 def test_sft_targets_are_the_response_and_its_end_token(tokenizer, world):
     samples = load_samples("annotations/training_with_cot_6k.jsonl", world)[:3]
-    dataset = VideoDataset(samples, tokenizer, grpo_frames(), 0)
+    dataset = VideoDataset(samples, tokenizer, FRAMES, 0)
     examples = [dataset[0, i] for i in range(3)]
     ids, lengths = sft_video.encode_responses(tokenizer, examples)
     for row, length, sample in zip(ids, lengths.tolist(), samples):
@@ -196,16 +233,11 @@ def test_sft_targets_are_the_response_and_its_end_token(tokenizer, world):
         assert set(row[length:].tolist()) <= {tokenizer.pad_token_id}
 
 
-def grpo_frames():
-    from conftest import FRAMES
-    return FRAMES
-
-
-def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world, dataset):
+def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world):
     # One step of records that Hugging Face sees one at a time, with labels of -100 on the prompt.
     sft_video.main(sft_args(tmp_path, prompts_per_step=4, micro_batch_size=3, max_samples=4))
     samples = load_samples("annotations/training_with_cot_6k.jsonl", world)[:4]
-    records = VideoDataset(samples, tokenizer, grpo_frames(), 0)
+    records = VideoDataset(samples, tokenizer, FRAMES, 0)
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
     total = count = 0
     for example in (records[0, i] for i in range(4)):
