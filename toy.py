@@ -195,7 +195,7 @@ def check_claims(completion: str, goal: str, progress: tuple[str, ...], options:
 # ----------------------------------------------------------------------------------------------------------------------
 # The files: records in the benchmark's three schemas, mp4 clips and png images.
 
-NUM_TRAIN, NUM_LEVEL = 720, {"L1": 320, "L2": 320, "L3": 300}  # samples; a fifth of them before the first step: no video
+NUM_TRAIN, NUM_LEVEL = 720, {"L1": 320, "L2": 320, "L3": 360}  # samples; a fifth of them before the first step: no video
 
 
 def distractors(goal: str, done: int, rng: random.Random, far: int) -> list[str]:
