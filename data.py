@@ -224,6 +224,8 @@ def parse_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
         found[kind] = item[kind]
     if list(found) != [kind for kind in ("video", "image", "text") if kind in found or kind == "text"]:
         raise ValueError(f"field 'prompt' has the items {list(found)}; write video (if any), image (if any), text")
+    if "video" not in found and "image" not in found:
+        raise ValueError("field 'prompt' has neither a video nor an image item; give one, or there is nothing to look at")
     return found["text"], found.get("video"), found.get("image")
 
 

@@ -144,13 +144,9 @@ def compare(ours: list[dict], theirs: list[dict], place: str) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers of this rank's share of a file.
 
-def answer_file(file: str, actor, tokenizer, args: Args, rank: int, world_size: int) -> list[dict]:
+def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, world_size: int) -> list[dict]:
     """One record per sample that this rank answers: every world_size-th of the file, in its order."""
-    samples = load_samples(file, args.data_root)[:args.max_samples or None]
-    if any(sample.response for sample in samples):
-        raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation file")
-    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), seed=0)
-    share = [(0, i) for i in range(rank, len(samples), world_size)]
+    tokenizer, share = dataset.tokenizer, [(0, i) for i in range(rank, len(dataset), world_size)]
     loader = make_loader(dataset, [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)], args.num_workers)
     end_ids, banned_ids = end_token_ids(actor, tokenizer), vision_token_ids(actor, actor.device)
     progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
@@ -206,27 +202,34 @@ def main(args: Args) -> list[dict]:
         if grader != args.grader:
             raise ValueError(f"--compare {args.compare} was graded with {grader}; give --grader {grader}")
 
-    # 2 model: an actor on every rank, and no process waits for another while it decodes
+    # 2 data
     tokenizer = load_tokenizer(args.model)
+    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size)
+    datasets = {}
+    for file in args.eval_files:
+        samples = load_samples(file, args.data_root)[:args.max_samples or None]
+        if any(sample.response for sample in samples):
+            raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation file")
+        datasets[file] = VideoDataset(samples, tokenizer, frames, seed=0)
+
+    # 3 model: an actor on every rank, and no process waits for another while it decodes
     actor = load_actor(args, device)
 
-    # 3 answers
+    # 4 answers
     output_dir = open_run(args)
-    records = [record for file in args.eval_files for record in answer_file(file, actor, tokenizer, args, rank, world_size)]
+    records = [record for file, dataset in datasets.items() for record in answer_file(file, dataset, actor, args, rank, world_size)]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
     if rank != 0:
         return []
-
-    # 4 numbers
     order = {file: i for i, file in enumerate(args.eval_files)}
     records = sorted((r for part in gathered for r in part), key=lambda r: (order[r["file"]], r["sample_id"]))
+    with open(output_dir / "samples.jsonl", "w") as file:  # before anything can go wrong with the numbers
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+    # 5 numbers
     rows = summarise(records)
     compared = compare(records, other, args.compare) if args.compare else []
-
-    # 5 finish
-    with open(output_dir / "samples.jsonl", "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
                "rows": rows, "compared": compared}

@@ -29,6 +29,7 @@ Where this departs from the published SEED-Bench-R1 run, and why:
     5. The denominators of the loss are those of the whole step: ranks and micro-batches only split a sum.
     6. An unreadable video gets weight 0 and is counted. The release trains its question on another video.
     7. KL is not computed, and no reference is loaded, when --kl_coef is 0.
+    8. Vision tokens are banned from completions, in sampling and in log-probs alike: they stand for pixels that are not there.
 
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean, clip
 higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.20783. k3: Schulman, "Approximating KL".
@@ -79,7 +80,7 @@ class Args:
     clip_high: float = arg(0.2, "eps above, >= 0 (DAPO: 0.28)")
     loss_agg: str = arg("sequence_mean", "sequence_mean (published), token_mean (DAPO) or constant (Dr. GRPO)")
     # optimisation; all quantities are global, whatever the number of ranks
-    prompts_per_step: int = arg(8, "B: prompts per step over all ranks, a multiple of their number")
+    prompts_per_step: int = arg(8, "prompts per step over all ranks, a multiple of their number")
     num_updates: int = arg(1, "optimizer updates on each rollout")
     num_epochs: int = arg(1, "passes over the data when max_steps is 0")
     max_steps: int = arg(0, "steps (rollouts) to run; 0: num_epochs")
@@ -160,7 +161,7 @@ def token_weights(mask: Tensor, loss_agg: str, num_rows: float, num_tokens: floa
     """
     mask = mask.float()
     # ABLATE: loss aggregation.
-    if loss_agg == "sequence_mean":  # 1 / (N |o_i|): each completion counts the same, so tokens of long ones count less
+    if loss_agg == "sequence_mean":  # 1 / (num_rows |o_i|): each completion counts the same, so tokens of long ones count less
         return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / num_rows
     if loss_agg == "token_mean":  # 1 / sum_i |o_i|: each token counts the same (DAPO)
         return mask / num_tokens
@@ -180,8 +181,8 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
         a prompt's group draws depends neither on its neighbours in the batch nor on the rank (None when greedy); end_ids,
         tokens that end a completion and are part of it; banned_ids, tokens that are never drawn.
     Returns: completion_ids (N, C) int64, row b * G + g is completion g of prompt b, the first end token repeated to the end
-        of the row; lengths (N,) int64, the first end token included; logps (N, C) float32 of the drawn tokens under the
-        temperature and the ban (temperature 0: under temperature 1), meaningless past a row's length.
+        of the row; lengths (N,) int64, the first end token included; logps (N, C) at least float32, of the drawn tokens under
+        the temperature and the ban (temperature 0: under temperature 1), meaningless past a row's length.
     """
     text_model, device = actor.model.language_model, prompts.ids.device
     G, N = group_size, len(prompts.ids) * group_size
@@ -193,8 +194,8 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
                         position_ids=prompts.position_ids, past_key_values=cache, use_cache=True).last_hidden_state
     cache.batch_repeat_interleave(G)
     hidden = hidden[:, -1].repeat_interleave(G, dim=0)  # (N, D): prompts are padded on the left, so the last column is real
-    mask = torch.cat([prompts.mask.repeat_interleave(G, dim=0),
-                      torch.ones(N, max_new_tokens, dtype=torch.bool, device=device)], dim=1)  # (N, P + C)
+    attention_mask = torch.cat([prompts.mask.repeat_interleave(G, dim=0),
+                                torch.ones(N, max_new_tokens, dtype=torch.bool, device=device)], dim=1)  # (N, P + C)
     next_position = prompts.next_position.repeat_interleave(G)  # (N,)
 
     tokens, logps = [], []
@@ -219,7 +220,7 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
         if k + 1 == max_new_tokens or ((device.type == "cpu" or k % 16 == 15) and done.all()):
             break
         hidden = text_model(inputs_embeds=actor.get_input_embeddings()(token[:, None]),
-                            attention_mask=mask[:, :prompts.ids.shape[1] + k + 1],
+                            attention_mask=attention_mask[:, :prompts.ids.shape[1] + k + 1],
                             position_ids=(next_position + k)[None, :, None].expand(3, -1, -1),  # (3, N, 1)
                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     completion_ids, logps = torch.stack(tokens, dim=1), torch.stack(logps, dim=1)  # (N, C)
@@ -241,7 +242,7 @@ class Rollout:
     examples: list[Example]
     completion_ids: Tensor  # (N, C) int64
     lengths: Tensor  # (N,) int64, end token included
-    mask: Tensor  # (N, C) bool, True up to and including the end token
+    completion_mask: Tensor  # (N, C) bool, True up to and including the end token
     logps: Tensor  # (N, C) float32, as the actor saw them
 
 
@@ -287,8 +288,8 @@ def rows_logps(model, rollout: Rollout, rows: range, args: Args, pad_id: int, ba
     first, last = rows.start // G, (rows.stop - 1) // G  # the prompts these rows continue: each is encoded once
     prompts = collate_prompts(rollout.examples[first:last + 1], pad_id, device)
     row_prompt = torch.arange(rows.start, rows.stop, device=device) // G - first
-    ids, mask = rollout.completion_ids[rows.start:rows.stop], rollout.mask[rows.start:rows.stop]
-    return model(prompts, row_prompt, ids, mask, args.temperature, banned_ids)
+    part = slice(rows.start, rows.stop)
+    return model(prompts, row_prompt, rollout.completion_ids[part], rollout.completion_mask[part], args.temperature, banned_ids)
 
 
 @torch.no_grad()
@@ -296,6 +297,9 @@ def score(model, rollout: Rollout, batches: list[range], args: Args, pad_id: int
     """Log-probs (N, C) of a whole rollout, without gradient: for pi_old and pi_ref. Collective."""
     return torch.cat([rows_logps(model, rollout, rows, args, pad_id, banned_ids)[0] for rows in batches])
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run.
 
 def health(m: dict) -> str:
     """One phrase on whether training is healthy, for the progress line: the first thing that looks wrong, or "ok"."""
@@ -379,28 +383,29 @@ def main(args: Args) -> Path:
         rewards = (accuracy + args.format_weight * formatted).view(-1, args.group_size)  # (B, G)
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
         if rank == 0 and step % args.sample_every == 0:  # reading completions is the first debugging tool
-            g = step // args.sample_every % args.group_size  # another place in the group each time
-            report = (f"\n--- step {step}, sample {examples[0].sample.sample_id}, gold {examples[0].gold}\n"
-                      f"{examples[0].prompt_text}\n>>> {texts[g]}\n"
-                      f"=== reward {rewards[0, g].item():.2f}, advantage {advantages[g].item():+.2f}")
+            n = step // args.sample_every % len(answers)  # another row each time
+            text, example = answers[n]
+            report = (f"\n--- step {step}, sample {example.sample.sample_id}, gold {example.gold}{', UNREADABLE' * bool(example.error)}\n"
+                      f"{example.prompt_text}\n>>> {text}\n"
+                      f"=== reward {rewards.flatten()[n].item():.2f}, advantage {advantages[n].item():+.2f}")
             tqdm.write(report)
             with open(output_dir / "samples.txt", "a") as file:
                 file.write(report + "\n")
 
         # 6c counts of the whole step: the denominators, fixed before the first backward
         row_usable = usable.repeat_interleave(args.group_size)  # (N,)
-        mask = rollout.mask & row_usable[:, None]  # (N, C)
-        ended = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=device)) & rollout.mask
+        loss_mask = rollout.completion_mask & row_usable[:, None]  # (N, C) bool
+        ended = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=device)) & rollout.completion_mask
         flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
         counts = sum_over_ranks({
-            "rows": row_usable.sum(), "groups": usable.sum(), "tokens": mask.sum(), "bad_videos": (~usable).sum(),
+            "rows": row_usable.sum(), "groups": usable.sum(), "tokens": loss_mask.sum(), "bad_videos": (~usable).sum(),
             "reward": (rewards.flatten() * row_usable).sum(), "accuracy": (accuracy * row_usable).sum(),
             "format": (formatted * row_usable).sum(), "parsed": (parsed & row_usable).sum(),
             "truncated": (~ended.any(dim=1) & row_usable).sum(), "group_std": (rewards.std(dim=1) * usable).sum(),
             "flat_groups": (flat & usable).sum()}, device)
         if counts["rows"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
-        weights = token_weights(mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
+        weights = token_weights(loss_mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
 
         # 6d log-probs under the reference, and under the sampling policy if it will move before their last use
         N = len(answers)
@@ -428,9 +433,9 @@ def main(args: Args) -> Path:
                 (loss * world_size).backward()
                 sums["loss"] += loss.detach()
                 for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped)):
-                    sums[name] += value[mask[part]].sum()
+                    sums[name] += value[loss_mask[part]].sum()
                 if update == 0:  # later the two differ because the policy has moved
-                    sums["actor_gap"] += (logps.detach() - rollout.logps[part])[mask[part]].abs().sum()
+                    sums["actor_gap"] += (logps.detach() - rollout.logps[part])[loss_mask[part]].abs().sum()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; look at the last completions in "

@@ -9,7 +9,7 @@ Two copies of the weights, on purpose:
     policy   float32 masters, sharded by FSDP2, computes in bf16 on a GPU (float32 on a CPU). It learns.
     actor    a plain Hugging Face module in the compute dtype, one whole copy per rank. It only samples.
 
-A sharded model must not sample token by token: each token would all-gather every layer (38 ms a token for 7B), and ranks
+A sharded model must not sample token by token: each token would all-gather every layer (about 38 ms a token for 7B on an H200, by arithmetic), and ranks
 whose completions differ in length would wait for each other forever. The actor touches no collective; refreshing it once a
 step costs one all-gather per parameter and 2 bytes of memory per weight. Another inference engine would be put in here.
 
@@ -194,7 +194,7 @@ def shard(policy: "Policy", device: torch.device) -> None:
         dist.broadcast(buffer, 0)
 
 
-def compute_dtype(args, device: torch.device) -> torch.dtype:
+def pick_dtype(args, device: torch.device) -> torch.dtype:
     """The dtype of matrix products: --dtype, where auto is bf16 on a GPU and float32 on a CPU."""
     if args.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -208,11 +208,11 @@ def load_policy(args, device: torch.device, frozen: bool = False) -> "Policy":
 
     `frozen` gives a reference that never learns. It is kept in the compute dtype: masters would be cast to it anyway.
     """
-    dtype = compute_dtype(args, device)
+    dtype = pick_dtype(args, device)
     qwen = load_qwen(args.model, dtype if frozen else torch.promote_types(dtype, torch.float32))
     qwen.train(not frozen).requires_grad_(not frozen)
     if args.gradient_checkpointing and not frozen:  # keeps one activation per layer and recomputes the rest: a third more time
-        # transformers 5 has renamed the method; its older releases know the older name only.
+        # The method's new name; transformers 5.17 and older know the other one only.
         enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     policy = Policy(qwen, dtype)
@@ -264,8 +264,9 @@ def blank_example(example: Example, tokenizer, config) -> Example:
     """
     pixels, grid = patchify(np.zeros((1, 28, 28, 3), np.uint8))
     ids = encode_prompt(tokenizer, "-", image_grid_thw=grid)
-    return dataclasses.replace(example, prompt_ids=ids, pixel_values=pixels, image_grid_thw=grid, position_ids=rope_positions(
-        ids, [grid], config.image_token_id, config.video_token_id))
+    positions = rope_positions(ids, [grid], config.image_token_id, config.video_token_id)
+    return dataclasses.replace(example, prompt_ids=ids, position_ids=positions, pixel_values_videos=None, video_grid_thw=None,
+                               pixel_values=pixels, image_grid_thw=grid)
 
 
 def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
@@ -339,7 +340,7 @@ class Policy(nn.Module):
         Args: row_prompt (N,) int64, which prompt each row continues (rows of one group share its vision pass);
             completion_ids (N, C) int64, padded on the right; completion_mask (N, C) bool, True up to and including the end
             token; temperature and banned_ids as in `token_logps`.
-        Returns: logps (N, C) and entropy (N, C), float32, 0 where the mask is False.
+        Returns: logps (N, C) and entropy (N, C), float32 (float64 for float64 weights), 0 where the mask is False.
         Collective under FSDP: every rank calls it equally often.
         """
         text_model = self.qwen.model.language_model
@@ -403,7 +404,7 @@ def make_actor(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
 def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
     """The model of --model as an actor that nobody trains, for evaluation: each rank reads a whole copy for itself."""
     check_qwen2_vl(args.model)
-    actor = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype=compute_dtype(args, device), use_safetensors=True)
+    actor = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype=pick_dtype(args, device), use_safetensors=True)
     return actor.to(device).eval().requires_grad_(False)
 
 
@@ -422,7 +423,7 @@ def open_run(args, resume: bool = False) -> Path:
     flags are not the same, because the order of data, the learning rate or the loss would change half-way.
     """
     output_dir, settings = Path(args.output_dir), Path(args.output_dir) / "args.json"
-    if Path(args.model).resolve().is_relative_to(output_dir.resolve()):
+    if settings.exists() and not resume and Path(args.model).resolve().is_relative_to(output_dir.resolve()):
         raise ValueError(f"--model {args.model} lies in --output_dir {output_dir}, which is about to be moved aside; give another")
     if resume and settings.exists():
         before = json.loads(settings.read_text())

@@ -38,17 +38,16 @@ def main(folder: Path, picture: Path) -> None:
     runs = {name: paths for name, paths in runs.items() if paths}
     evals = {name: [levels(path / "eval") for path in paths] for name, paths in runs.items()}
 
-    # The table, in Markdown: the base with its Wilson interval, the trained policies as mean and range over seeds.
+    # The table, in Markdown: accuracy with its 95% Wilson interval; over seeds the mean, and the lowest to the highest bound.
     print("| | " + " | ".join(f"{level} (n = {row['n']})" for level, row in base.items()) + " |")
     print("|---" * (len(base) + 1) + "|")
     print("| base | " + " | ".join(f"{r['accuracy']:.1%} ({r['wilson_low']:.1%} to {r['wilson_high']:.1%})" for r in base.values()) + " |")
     for name, seeds in evals.items():
         cells = []
         for level in base:
-            accuracies = [seed[level]["accuracy"] for seed in seeds]
-            spread = (f"{min(accuracies):.1%} to {max(accuracies):.1%}" if len(seeds) > 1
-                      else f"{seeds[0][level]['wilson_low']:.1%} to {seeds[0][level]['wilson_high']:.1%}")
-            cells.append(f"{np.mean(accuracies):.1%} ({spread})")
+            rows = [seed[level] for seed in seeds]
+            low, high = min(row["wilson_low"] for row in rows), max(row["wilson_high"] for row in rows)
+            cells.append(f"{np.mean([row['accuracy'] for row in rows]):.1%} ({low:.1%} to {high:.1%})")
         print(f"| {name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} | " + " | ".join(cells) + " |")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -69,7 +68,7 @@ def main(folder: Path, picture: Path) -> None:
         place = x + (i - len(bars) / 2 + 0.5) * width
         right.bar(place, accuracies.mean(0), width * 0.92, color=COLOURS[name], label=name)
         for level, mean in enumerate(accuracies.mean(0)):
-            right.text(place[level], mean + 4.5, f"{mean:.0f}", ha="center", fontsize=8)
+            right.text(place[level], 2, f"{mean:.0f}", ha="center", fontsize=9, color="white")
         if len(accuracies) > 1:
             for seed in accuracies:
                 right.plot(place, seed, "o", color="black", markersize=2.5)
@@ -78,7 +77,7 @@ def main(folder: Path, picture: Path) -> None:
             ends = 100 * np.array([[r["accuracy"] - r["wilson_low"] for r in rows], [r["wilson_high"] - r["accuracy"] for r in rows]])
             right.errorbar(place, accuracies[0], yerr=ends, fmt="none", color="black", capsize=2, linewidth=0.8)
     right.axhline(25, color="black", linewidth=0.8, linestyle=":")
-    names = {"L1": "same kitchens, same tasks", "L2": "new kitchens", "L3": "new kitchens, new tasks"}
+    names = {"L1": "same kitchens,\nsame tasks", "L2": "new kitchens,\nsame tasks", "L3": "new kitchens,\nnew tasks"}
     right.set_xticks(x, [f"{level}\n{names.get(level, '')}" for level in base])
     right.set(ylabel="greedy accuracy, %", ylim=(0, 105), title="Held-out questions")
     right.legend(loc="upper right", ncols=3, frameon=False, fontsize=8)

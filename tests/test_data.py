@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import av
 import numpy as np
@@ -136,18 +135,21 @@ def test_sft_prompt_variants(root):
     image = {"type": "image", "image": "images/i.png"}
     system = [{"role": "system", "content": data.SYSTEM}]
     system_list = [{"role": "system", "content": [{"type": "text", "text": data.SYSTEM, "image": None}], "name": None}]
-    prompts = [user(" hi\n"), user([text]), user(image, text), system + user([text]), system_list + user([text])]
+    video = {"type": "video", "video": "videos/v.mp4"}
+    prompts = [user(image, text), user(video, text), user(video, image, text), system + user(image, text),
+               system_list + user(image, text)]
     samples = load(root, *({"prompt": prompt, "response": "r", "sample_id": i} for i, prompt in enumerate(prompts)))
     assert [sample.question for sample in samples] == [" hi\n"] * 5  # verbatim
-    assert [sample.image is not None for sample in samples] == [False, False, True, False, False]
-    assert [sample.sample_id for sample in samples] == list("01234") and not any(sample.video for sample in samples)
+    assert [sample.image is not None for sample in samples] == [True, False, True, True, True]
+    assert [sample.video is not None for sample in samples] == [False, True, True, False, False]
+    assert [sample.sample_id for sample in samples] == list("01234")
 
     for prompt in (
         [], user([]), user(None), user(7), user([7]), user([image]), user(text, image), user(text, text),
         user(image, image, text), user(text, {"type": "audio", "audio": "a.wav"}), user({"type": "text"}),
-        user([{"type": "text", "text": ""}]),
-        user([text]) * 2, [{"role": "assistant", "content": "x"}], [{"content": "x"}],
-        [{"role": "system", "content": "Be rude."}] + user([text]), system + system + user([text]),
+        user([{"type": "text", "text": ""}]), user(" hi\n"), user([text]), user(image, {"type": "text", "text": ""}),
+        user(image, text) * 2, [{"role": "assistant", "content": "x"}], [{"content": "x"}],
+        [{"role": "system", "content": "Be rude."}] + user(image, text), system + system + user(image, text),
     ):
         with pytest.raises(ValueError, match="line 1: field 'prompt'"):
             load(root, {"prompt": prompt, "response": "r"})
@@ -810,14 +812,11 @@ def test_examples_of_all_shapes(root, tokenizer):
     assert epochs == [data.build_options(samples[0], 0, epoch)[0] for epoch in range(6)] and len(set(epochs)) > 1
 
 
-def test_image_only_and_text_only_examples(root, tokenizer):
-    (image_only,) = load(root, {**TRAINING, "task_progress_metadata": []})
-    (text_only,) = load(root, {"prompt": [{"role": "user", "content": "hi"}], "response": "r"})
-    dataset = data.VideoDataset([image_only, text_only], tokenizer, SMALL, seed=0)
-    image, text = dataset[0, 0], dataset[0, 1]
+def test_image_only_examples(root, tokenizer):
+    (sample,) = load(root, {**TRAINING, "task_progress_metadata": []})
+    image = data.VideoDataset([sample], tokenizer, SMALL, seed=0)[0, 0]
     assert image.pixel_values_videos is None and image.video_grid_thw is None and image.pixel_values.shape == (16, 1176)
     assert image.position_ids.shape == (3, len(image.prompt_ids)) and not image.error
-    assert text.pixel_values is None and text.position_ids.tolist() == [list(range(len(text.prompt_ids)))] * 3
 
 
 @pytest.mark.parametrize("field", ["video_basename", "current_observation_basename"])

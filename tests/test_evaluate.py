@@ -88,5 +88,5 @@ def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
         (tmp_path / folder / "results.json").write_text(json.dumps({"rows": [{**row, "accuracy": accuracy}]}))
         (tmp_path / folder).parent.joinpath("metrics.jsonl").write_text(json.dumps({"step": 0, "accuracy": 0.5}) + "\n")
     results.main(tmp_path, tmp_path / "picture.png")
-    assert "| GRPO, 2 seeds | 85.0% (80.0% to 90.0%) |" in capsys.readouterr().out
+    assert "| GRPO, 2 seeds | 85.0% (10.0% to 60.0%) |" in capsys.readouterr().out
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -319,6 +319,8 @@ def test_another_kind_of_model_is_refused(tmp_path, device):
 
 def test_blank_example_goes_through_the_model(qwen, tokenizer, ragged):
     blank = blank_example(ragged[2], tokenizer, qwen.config)
-    assert len(blank.prompt_ids) < len(ragged[2].prompt_ids)
+    assert len(blank.prompt_ids) < len(ragged[2].prompt_ids) and blank.pixel_values_videos is None
+    tokens = (blank.prompt_ids == qwen.config.image_token_id) | (blank.prompt_ids == qwen.config.video_token_id)
+    assert tokens.sum() == len(blank.pixel_values) // 4  # as many places for vision as there are features
     _, ids, lengths, logps = sample(qwen, tokenizer, [blank, ragged[2]])
     assert logps.isfinite().all()

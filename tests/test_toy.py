@@ -166,7 +166,7 @@ def test_recipes_repeat_a_step_with_another_step_behind_it():
 # ----------------------------------------------------------------------------------------------------------------------
 # One seed, one world.
 
-def test_the_world_is_a_function_of_its_seed(root):
+def test_the_world_is_a_function_of_its_seed():
     """The hash is of pixels before encoding: another encoder version may write other bytes."""
     assert toy.make_records() == toy.make_records()
     digest = hashlib.sha256()
@@ -181,6 +181,15 @@ def test_the_world_is_a_function_of_its_seed(root):
 FRAMES_HASH = "d50baf4d2f5c44aa"
 
 
+def test_a_folder_that_is_no_toy_world_is_refused_and_left_alone(tmp_path):
+    for name in ("annotations/training_with_cot_6k.jsonl", "videos/Ego4D/x.mp4"):  # as in the real data
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match="no toy world"):
+        toy.build(tmp_path)
+    assert (tmp_path / "videos/Ego4D/x.mp4").read_text() == "precious"
+
+
 def test_building_again_changes_nothing(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert toy.build(root) == root
@@ -190,8 +199,6 @@ def test_building_again_changes_nothing(root):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The teacher and the check of claims.
-
-
 
 @pytest.fixture
 def task():
