@@ -71,7 +71,7 @@ class Args:
 
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=5e-4,
+TOY = dict(image_size=56, num_frames=8, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=1e-4,
            gradient_checkpointing=False, output_dir="out/toy_sft")
 
 

@@ -73,11 +73,13 @@ def one_process_run(tmp_path_factory, world):
     grpo_video.main(grpo_args(output_dir, **COMMON))
     m, = metrics_of(output_dir)
     assert m["group_std"] > 0, "no reward differs within a group: the update would show nothing"
+    assert m["clip_frac"] > 0
     assert m["actor_gap"] < 1e-9 and m["kl"] > 0  # before the first update the learner is the sampler; after it, not the reference
     return output_dir
 
 
-COMMON = dict(dtype="float64", kl_coef=0.1, num_updates=2, learning_rate=1e-4, prompts_per_step=4, sample_every=1)
+COMMON = dict(dtype="float64", kl_coef=0.1, num_updates=2, learning_rate=1e-4, prompts_per_step=4, sample_every=1, clip_low=1e-4,
+              clip_high=1e-4)  # so narrow that the second update clips: its ratios are against the policy that sampled
 
 
 def test_two_ranks_make_the_update_of_one(one_process_run, tmp_path):
@@ -309,4 +311,5 @@ def test_unreadable_samples_stay_in_the_denominator(tmp_path, world):
     row, = evaluate.main(eval_args(tmp_path / "out", data_root=str(root), eval_files=["annotations/validation_L1.jsonl"]))
     assert (row["n"], row["bad_samples"]) == (6, 2) and row["parse_rate"] <= 4 / 6
     records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
-    assert sum(bool(r["error"]) for r in records) == 2 and not any(r["correct"] for r in records if r["error"])
+    bad = [r for r in records if r["error"]]
+    assert len(bad) == 2 and not any(r["correct"] or r["response"] or r["parsed"] for r in bad)
