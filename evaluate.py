@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import Frames, VideoDataset, first_letter, load_samples, make_loader, parse_answer
 from grpo_video import completion_text, generate
-from model import (arg, blank_example, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, open_run,
+from model import (arg, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, open_run,
                    parse_args, resolve_toy, setup, vision_token_ids)
 
 
@@ -49,6 +49,7 @@ class Args:
     min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
+    frame_cache: str = arg("", "folder to keep decoded frames in, for later runs; empty: none")
     # generation
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
     batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed; results change by rounding only")
@@ -66,7 +67,7 @@ class Args:
 GRADERS = {"strict": parse_answer, "first_letter": first_letter}
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64)
+TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames")
 
 # The paper's accuracies in percent for Qwen2-VL-7B: vanilla, SFT, GRPO. A file is a published split if its name and its
 # number of samples both are: nothing else is ever shown beside these numbers.
@@ -152,15 +153,18 @@ def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, 
     progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
     records = []
     for examples in loader:
-        readable = [blank_example(e, tokenizer, actor.config) if e.error else e for e in examples]
-        prompts = collate_prompts(readable, tokenizer.pad_token_id, actor.device)
-        completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, 0.0, None, end_ids, banned_ids)
-        for example, ids, length in zip(examples, completion_ids, lengths.tolist()):
+        readable, completions = [example for example in examples if not example.error], iter(())
+        if readable:
+            prompts = collate_prompts(readable, tokenizer.pad_token_id, actor.device)
+            completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, 0.0, None, end_ids, banned_ids)
+            completions = zip(completion_ids, lengths.tolist())
+        for example in examples:
+            ids, length = (None, 0) if example.error else next(completions)
             response = "" if example.error else completion_text(tokenizer, ids, length, end_ids)
             parsed = GRADERS[args.grader](response, example.options)
             records.append({
                 "file": file, "sample_id": example.sample.sample_id, "group": example.sample.group, "gold": example.gold,
-                "parsed": parsed, "correct": parsed == example.gold, "length": 0 if example.error else length,
+                "parsed": parsed, "correct": parsed == example.gold, "length": length,
                 "truncated": not example.error and ids[length - 1].item() not in end_ids, "error": example.error,
                 "response": response})
         progress.update(len(examples))
@@ -204,7 +208,7 @@ def main(args: Args) -> list[dict]:
 
     # 2 data
     tokenizer = load_tokenizer(args.model)
-    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size)
+    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
     datasets = {}
     for file in args.eval_files:
         samples = load_samples(file, args.data_root)[:args.max_samples or None]

@@ -37,20 +37,20 @@ higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.2
 import math
 import random
 import re
-import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, parse_answer, step_batch
-from model import (Prompts, append_jsonl, arg, blank_example, check_ranges, collate_prompts, completion_mask_from, copy_weights,
-                   embed_prompts, end_token_ids, export, load_checkpoint, load_policy, load_tokenizer, make_actor, open_run,
-                   parse_args, resolve_toy, save_checkpoint, setup, sum_over_ranks, vision_token_ids)
+from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock, collate_prompts, completion_mask_from, copy_weights,
+                   embed_prompts, end_token_ids, export, load_checkpoint, load_policy, load_tokenizer, make_actor, max_over_ranks, open_run,
+                   parse_args, report, resolve_toy, save_checkpoint, setup, sum_over_ranks, text_states, vision_token_ids)
 
 
 @dataclass
@@ -67,11 +67,13 @@ class Args:
     min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
+    frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     # group sampling
     group_size: int = arg(8, "G: completions per prompt, >= 2")
     temperature: float = arg(1.0, "of sampling, and so of every log-prob, > 0")
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
     rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed; results change by rounding only")
+    cuda_graph: bool = arg(False, "replay each token's kernels as one CUDA graph: faster on a GPU, but never run so far")
     # objective
     format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1, >= 0")
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
@@ -79,6 +81,7 @@ class Args:
     clip_low: float = arg(0.2, "eps below: ratios under 1 - clip_low get no gradient, 0 to 1")
     clip_high: float = arg(0.2, "eps above, >= 0 (DAPO: 0.28)")
     loss_agg: str = arg("sequence_mean", "sequence_mean (published), token_mean (DAPO) or constant (Dr. GRPO)")
+    learn_flat_groups: bool = arg(False, "also learn groups of equal rewards: with kl_coef 0 that changes nothing")
     # optimisation; all quantities are global, whatever the number of ranks
     prompts_per_step: int = arg(8, "prompts per step over all ranks, a multiple of their number")
     num_updates: int = arg(1, "optimizer updates on each rollout")
@@ -89,6 +92,7 @@ class Args:
     max_grad_norm: float = arg(1.0, "global gradient norm is clipped to this")
     micro_batch_size: int = arg(8, "completions per forward and backward on one rank: memory against speed; results change by rounding only")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
+    naive: bool = arg(False, "learn padded rows of prompt and completion, the prompt once per row: slower, same result")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
     # logging
     num_workers: int = arg(2, "processes per rank that decode video ahead of training")
@@ -110,7 +114,7 @@ class Args:
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
 TOY = dict(image_size=56, num_frames=8, max_completion_length=64, prompts_per_step=8, micro_batch_size=32, max_steps=180,
-           learning_rate=2e-4, kl_coef=0.0, gradient_checkpointing=False, output_dir="out/toy_grpo")
+           learning_rate=2e-4, kl_coef=0.0, gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_grpo")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +128,12 @@ def group_advantages(rewards: Tensor, use_std: bool = True) -> Tensor:
     # A_i = (r_i - mean(r)) / (std(r) + 1e-4), std with G - 1 as in the release.
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     # ABLATE: advantage without std (Dr. GRPO): dividing gives easy and hard questions (small std) more weight.
-    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4) if use_std else centred
+    return centred / (group_std(rewards)[:, None] + 1e-4) if use_std else centred
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """The standard deviation in each group, with G - 1: (B, G) -> (B,). By hand, because std warns when B is 0."""
+    return ((rewards - rewards.mean(dim=1, keepdim=True)).square().sum(dim=1) / (rewards.shape[1] - 1)).sqrt()
 
 
 def grpo_token_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor,
@@ -169,65 +178,174 @@ def token_weights(mask: Tensor, loss_agg: str, num_rows: float, num_tokens: floa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Group sampling: prompt and vision are encoded once per group, then G rows are decoded together.
+# Group sampling: prompt and vision are encoded once per group, then the rows of several groups are decoded together.
 
 @torch.no_grad()
-def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temperature: float,
-             generators: list[torch.Generator] | None, end_ids: list[int], banned_ids: Tensor
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples G completions for each of B prompts.
+def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temperature: float, seeds: list[int] | None,
+             end_ids: list[int], banned_ids: Tensor, graphs: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples G completions for each of B prompts. No collective: ranks may decode different lengths.
 
-    Args: actor, an unsharded Qwen2-VL; temperature, 0 takes the likeliest token; generators, one per prompt, so that what
-        a prompt's group draws depends neither on its neighbours in the batch nor on the rank (None when greedy); end_ids,
-        tokens that end a completion and are part of it; banned_ids, tokens that are never drawn.
+    Args: actor, an unsharded Qwen2-VL; temperature, 0 takes the likeliest token; seeds, one per prompt, so that what a
+        prompt's group draws depends neither on its neighbours in the batch nor on the rank (None when greedy); end_ids,
+        tokens that end a completion and are part of it; banned_ids, tokens that are never drawn; graphs, an empty dict to
+        keep captured CUDA graphs in from call to call (None: no graphs).
     Returns: completion_ids (N, C) int64, row b * G + g is completion g of prompt b, the first end token repeated to the end
         of the row; lengths (N,) int64, the first end token included; logps (N, C) at least float32, of the drawn tokens under
         the temperature and the ban (temperature 0: under temperature 1), meaningless past a row's length.
     """
-    text_model, device = actor.model.language_model, prompts.ids.device
-    G, N = group_size, len(prompts.ids) * group_size
+    (B, P), device = prompts.ids.shape, prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
-
-    # Prefill B rows, not N: vision tower and prompt are the bulk of the work (729 of 900 tokens are vision).
-    cache = DynamicCache(config=actor.config)
-    hidden = text_model(inputs_embeds=embed_prompts(actor, prompts), attention_mask=prompts.mask,
-                        position_ids=prompts.position_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    cache.batch_repeat_interleave(G)
-    hidden = hidden[:, -1].repeat_interleave(G, dim=0)  # (N, D): prompts are padded on the left, so the last column is real
-    attention_mask = torch.cat([prompts.mask.repeat_interleave(G, dim=0),
-                                torch.ones(N, max_new_tokens, dtype=torch.bool, device=device)], dim=1)  # (N, P + C)
-    next_position = prompts.next_position.repeat_interleave(G)  # (N,)
-
-    tokens, logps = [], []
-    done = torch.zeros(N, dtype=torch.bool, device=device)
-    for k in range(max_new_tokens):
-        logits = actor.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, banned_ids, -torch.inf)  # (N, V)
-        # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
-        log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
-        scores = log_probs
-        if temperature > 0:
-            # argmax(p / e), e ~ Exp(1), is a draw from p, without torch.multinomial's CPU-GPU sync.
-            noise = [torch.empty(G, logits.shape[1], device=device).exponential_(generator=g) for g in generators]
-            scores = log_probs.exp() / torch.cat(noise)
-        token = scores.argmax(-1)
-        # A finished row stays in the batch and repeats its end token; its length leaves that out of everything.
-        token = torch.where(done, tokens[-1] if tokens else token, token)
-        tokens.append(token)
-        logps.append(log_probs.gather(1, token[:, None])[:, 0])
-        done = done | torch.isin(token, ends)
-        # Asking whether all rows are done is a CPU-GPU sync: on a GPU, ask every 16 tokens.
-        if k + 1 == max_new_tokens or ((device.type == "cpu" or k % 16 == 15) and done.all()):
-            break
-        hidden = text_model(inputs_embeds=actor.get_input_embeddings()(token[:, None]),
-                            attention_mask=attention_mask[:, :prompts.ids.shape[1] + k + 1],
-                            position_ids=(next_position + k)[None, :, None].expand(3, -1, -1),  # (3, N, 1)
-                            past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    completion_ids, logps = torch.stack(tokens, dim=1), torch.stack(logps, dim=1)  # (N, C)
+    settings = dict(G=group_size, C=max_new_tokens, temperature=temperature, ends=ends, banned_ids=banned_ids)
+    if graphs is None:
+        decoder = Decoder(actor, B, P, **settings)
+    else:
+        P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts
+        decoder = graphs.get((B, P)) or graphs.setdefault((B, P), Decoder(actor, B, P, **settings).capture())
+    uniforms = None
+    if temperature > 0:
+        # All randomness of the rollout, drawn at once and on the CPU: the same numbers on every device.
+        uniforms = torch.cat([torch.rand(group_size, max_new_tokens, dtype=torch.float64,
+                                         generator=torch.Generator().manual_seed(seed)) for seed in seeds])  # (N, C)
+    decoder.start(prompts, uniforms)
+    for k in range(1, max_new_tokens):
+        # Looking at `done` is a CPU-GPU sync: on a GPU, look every 16 tokens.
+        if device.type == "cpu" or k % 16 == 0:
+            if decoder.done.all():
+                break
+            if graphs is None:
+                decoder.drop_finished_rows()
+        decoder.step() if decoder.graph is None else decoder.graph.replay()
+        COUNTS["decoded_tokens"] += len(decoder.rows)
+    C = int(decoder.k) + 1
+    completion_ids, logps = decoder.ids[:, :C].clone(), decoder.logps[:, :C].clone()
     is_end = torch.isin(completion_ids, ends)
-    first_end = is_end.int().argmax(dim=1)
-    lengths = torch.where(is_end.any(dim=1), first_end + 1, completion_ids.shape[1])
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, C)
+    # Rows that had left, and rows that stayed though they were finished, repeat their end token.
+    past_end = torch.arange(C, device=device) >= lengths[:, None]
+    completion_ids = torch.where(past_end, completion_ids.gather(1, lengths[:, None] - 1), completion_ids)
     return completion_ids, lengths, logps
+
+
+class Decoder:
+    """Decodes N = B * G rows together, a token a `step`, as much of them as possible at the price of one.
+
+    Keys and values of a prompt are kept once and read once for its G rows, those of completions row by row, in tensors
+    of full size from the start: a cache that grows is copied at each token. All state changes in place and no
+    decision waits for a value, so that on a GPU one captured graph of `step` serves all tokens, rollouts and updates.
+    """
+
+    def __init__(self, actor, B: int, P: int, G: int, C: int, temperature: float, ends: Tensor, banned_ids: Tensor):
+        self.actor, self.temperature, self.ends, self.banned_ids, self.graph = actor, temperature, ends, banned_ids, None
+        self.B, self.G, N, device = B, G, B * G, ends.device
+        config = actor.config.text_config
+        heads, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        layers = range(config.num_hidden_layers)
+        cache = dict(dtype=actor.dtype, device=device)
+        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
+        self.prompt_keys, self.prompt_values = ([torch.zeros(B, heads, P, d, **cache) for _ in layers] for _ in range(2))
+        self.own_keys, self.own_values = ([torch.zeros(B, heads, G, C, d, **cache) for _ in layers] for _ in range(2))
+        self.prompt_mask = torch.zeros(B, P, dtype=torch.bool, device=device)
+        self.columns = torch.arange(C, device=device)
+        self.k = torch.zeros(1, dtype=torch.int64, device=device)  # the newest token's column
+        self.ids = torch.zeros(N, C, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(N, C, dtype=torch.promote_types(actor.dtype, torch.float32), device=device)
+        self.uniforms = torch.zeros(N, C, dtype=torch.float64, device=device)
+        self.rows = torch.arange(N, device=device)  # which of the N rows those still decoded are
+        self.token = torch.zeros(N, dtype=torch.int64, device=device)
+        self.done = torch.zeros(N, dtype=torch.bool, device=device)
+        self.first_position = torch.zeros(N, dtype=torch.int64, device=device)  # of each row's first token
+
+    def start(self, prompts: Prompts, uniforms: Tensor | None) -> None:
+        """Encodes the prompts, B rows and not N (729 of 900 tokens are vision), and draws each row's first token."""
+        rows = Ragged(prompts.mask.sum(1))
+        COUNTS["prefill_tokens"] += len(rows.slots)
+        self.prompt_mask[:, :rows.mask.shape[1]] = rows.mask
+        self.prompt_mask[:, rows.mask.shape[1]:] = False
+        self.first_position.copy_(prompts.next_position.repeat_interleave(self.G))
+        self.k.zero_()
+        self.done.zero_()
+        if uniforms is not None:
+            self.uniforms.copy_(uniforms)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out, key, value = attend_causally(rows, query, key, value)
+            self.prompt_keys[layer][:, :, :key.shape[2]] = key
+            self.prompt_values[layer][:, :, :key.shape[2]] = value
+            return out
+
+        hidden = text_states(self.actor, embed_prompts(self.actor, prompts), prompts.position_ids[:, prompts.mask], attend)
+        self.draw(hidden[rows.ends - 1].repeat_interleave(self.G, dim=0))
+
+    def step(self) -> None:
+        """Feeds each row's newest token and draws the next one."""
+        seen = torch.cat([self.prompt_mask, (self.columns <= self.k).expand(self.B, -1)], dim=1)  # (B, P + C) bool
+        bias = torch.zeros_like(seen, dtype=self.logps.dtype).masked_fill(~seen, -torch.inf)[:, None, None, None]
+        position_ids = (self.first_position + self.k).expand(3, -1)
+        hidden = text_states(self.actor, self.actor.get_input_embeddings()(self.token), position_ids,
+                             partial(self.attend, bias=bias))
+        self.k += 1
+        self.draw(hidden)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Each row's new token sees its prompt and its own completion: (H, N, d), (H_kv, N, d) twice -> (N, H, d)."""
+        heads, d, P = len(key), key.shape[-1], self.prompt_mask.shape[1]
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]  # (B, H_kv, G, C, d)
+        own_keys.index_copy_(3, self.k, key.view(heads, self.B, self.G, 1, d).transpose(0, 1))
+        own_values.index_copy_(3, self.k, value.view(heads, self.B, self.G, 1, d).transpose(0, 1))
+        query = query.view(heads, -1, self.B, self.G, d).permute(2, 0, 3, 1, 4) / math.sqrt(d)  # (B, H_kv, G, H / H_kv, d)
+        # To a prompt's keys its G rows are G queries of one matrix product: the keys are read once, not G times.
+        scores = torch.cat([(query.flatten(2, 3) @ self.prompt_keys[layer].mT).view(*query.shape[:-1], P),
+                            query @ own_keys.mT], dim=-1) + bias  # (B, H_kv, G, H / H_kv, P + C)
+        weights = scores.softmax(-1).to(query.dtype)
+        out = (weights[..., :P].flatten(2, 3) @ self.prompt_values[layer]).view(query.shape) + weights[..., P:] @ own_values
+        return out.permute(0, 2, 1, 3, 4).reshape(self.B * self.G, -1, d)
+
+    def draw(self, hidden: Tensor) -> None:
+        """Draws token k of every row from its last state, (N, D)."""
+        logits = self.actor.lm_head(hidden).to(self.logps.dtype).index_fill(1, self.banned_ids, -torch.inf)  # (N, V)
+        # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
+        log_probs = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        if self.temperature > 0:
+            # The first token at which the cumulated probability reaches u, uniform in (0, 1]: never one of probability 0,
+            # and without torch.multinomial's CPU-GPU sync. float64, or tokens below 1e-7 would be drawn too seldom.
+            cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
+            u = 1 - self.uniforms[self.rows].index_select(1, self.k)  # (N, 1)
+            token = torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
+        else:
+            token = log_probs.argmax(-1)
+        self.ids.index_put_((self.rows, self.k), token)
+        self.logps.index_put_((self.rows, self.k), log_probs.gather(1, token[:, None])[:, 0])
+        self.token.copy_(token)
+        self.done |= torch.isin(token, self.ends)
+
+    def drop_finished_rows(self) -> None:
+        """Takes finished rows out of the batch when that makes it at least a quarter smaller. CPU-GPU sync."""
+        alive = ~self.done.view(self.B, self.G)
+        prompts = alive.any(dim=1).nonzero()[:, 0]
+        G = int(alive.sum(dim=1).max())  # groups stay equally large: a few finished rows stay with the others
+        if len(prompts) * G > 0.75 * alive.numel():
+            return
+        order = alive[prompts].int().argsort(dim=1, descending=True)[:, :G]  # (B, G), the unfinished ones first
+        for layer in range(len(self.own_keys)):
+            self.prompt_keys[layer], self.prompt_values[layer] = self.prompt_keys[layer][prompts], self.prompt_values[layer][prompts]
+            index = order[:, None, :, None, None].expand(-1, *self.own_keys[layer].shape[1:2], -1, *self.own_keys[layer].shape[3:])
+            self.own_keys[layer] = self.own_keys[layer][prompts].gather(2, index)
+            self.own_values[layer] = self.own_values[layer][prompts].gather(2, index)
+        keep = (prompts[:, None] * self.G + order).flatten()
+        self.rows, self.token, self.done, self.first_position = (x[keep] for x in (self.rows, self.token, self.done, self.first_position))
+        self.prompt_mask, self.B, self.G = self.prompt_mask[prompts], len(prompts), G
+
+    def capture(self) -> "Decoder":
+        """Records `step` as a CUDA graph: one launch a token in place of hundreds. NEVER RUN: written without a GPU."""
+        side = torch.cuda.Stream()  # as the documentation of torch.cuda.graph asks: warm up on another stream first
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+        return self
 
 
 def completion_text(tokenizer, completion_ids: Tensor, length: int, end_ids: list[int]) -> str:
@@ -238,7 +356,7 @@ def completion_text(tokenizer, completion_ids: Tensor, length: int, end_ids: lis
 
 @dataclass
 class Rollout:
-    """What one rank has sampled for one step: B groups of G rows; row n continues prompt n // G."""
+    """What one rank has sampled for one step: B groups of G rows; row n continues prompt n // G. B may be 0."""
     examples: list[Example]
     completion_ids: Tensor  # (N, C) int64
     lengths: Tensor  # (N,) int64, end token included
@@ -247,16 +365,16 @@ class Rollout:
 
 
 def sample_groups(actor, examples: list[Example], step: int, args: Args, pad_id: int, end_ids: list[int],
-                  banned_ids: Tensor) -> Rollout:
+                  banned_ids: Tensor, graphs: dict | None) -> Rollout:
     """Samples G completions for each example, `rollout_prompts` prompts at a time."""
     device = actor.device
-    parts = []
+    no_ids, no_logps = torch.zeros(0, 0, dtype=torch.int64, device=device), torch.zeros(0, 0, device=device)
+    parts = [(no_ids, no_ids.sum(1), no_logps)]  # all there is when none of the rank's videos can be read
     for chunk in (examples[i:i + args.rollout_prompts] for i in range(0, len(examples), args.rollout_prompts)):
         # Seeded by the sample, not by its place: the same completions on any rank and in any batch.
         seeds = [random.Random(f"{args.seed}/{step}/{example.sample.sample_id}").getrandbits(63) for example in chunk]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         parts.append(generate(actor, collate_prompts(chunk, pad_id, device), args.group_size, args.max_completion_length,
-                              args.temperature, generators, end_ids, banned_ids))
+                              args.temperature, seeds, end_ids, banned_ids, graphs))
     C = max(ids.shape[1] for ids, _, _ in parts)
     completion_ids = torch.cat([F.pad(ids, (0, C - ids.shape[1]), value=pad_id) for ids, _, _ in parts])
     logps = torch.cat([F.pad(logps, (0, C - logps.shape[1])) for _, _, logps in parts])
@@ -282,20 +400,23 @@ def format_reward(completion: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning: log-probs of a rollout's rows, a micro-batch at a time.
 
-def rows_logps(model, rollout: Rollout, rows: range, args: Args, pad_id: int, banned_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_<t) and entropy, both (len(rows), C), of consecutive rows of a rollout. Collective."""
-    G, device = args.group_size, rollout.lengths.device
-    first, last = rows.start // G, (rows.stop - 1) // G  # the prompts these rows continue: each is encoded once
-    prompts = collate_prompts(rollout.examples[first:last + 1], pad_id, device)
-    row_prompt = torch.arange(rows.start, rows.stop, device=device) // G - first
-    part = slice(rows.start, rows.stop)
-    return model(prompts, row_prompt, rollout.completion_ids[part], rollout.completion_mask[part], args.temperature, banned_ids)
+def rows_logps(model, rollout: Rollout, rows: Tensor, args: Args, pad_id: int, banned_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(o_t | q, o_<t) and entropy, both (len(rows), C), of some rows (int64 indices) of a rollout. Collective."""
+    groups, row_prompt = (rows // args.group_size).unique(return_inverse=True)  # the prompts these rows continue, each once
+    prompts = collate_prompts([rollout.examples[b] for b in groups.tolist()], pad_id, rows.device)
+    return model(prompts, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows], args.temperature, banned_ids)
 
 
 @torch.no_grad()
-def score(model, rollout: Rollout, batches: list[range], args: Args, pad_id: int, banned_ids: Tensor) -> Tensor:
-    """Log-probs (N, C) of a whole rollout, without gradient: for pi_old and pi_ref. Collective."""
-    return torch.cat([rows_logps(model, rollout, rows, args, pad_id, banned_ids)[0] for rows in batches])
+def score(model, rollout: Rollout, batches: list[Tensor], num_blanks: int, blank: tuple, args: Args, pad_id: int,
+          banned_ids: Tensor) -> Tensor:
+    """Log-probs (N, C) of the rows in `batches`, without gradient: for pi_old and pi_ref; 0 elsewhere. Collective."""
+    logps = torch.zeros_like(rollout.logps)
+    for rows in batches:
+        logps[rows] = rows_logps(model, rollout, rows, args, pad_id, banned_ids)[0]
+    for _ in range(num_blanks):
+        model(*blank)
+    return logps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,9 +431,9 @@ def health(m: dict) -> str:
         return "completions do not end"
     if m["flat_group_frac"] > 0.8:
         return "little signal: groups all right or all wrong"
-    if m["entropy"] < 0.01:
+    if m.get("entropy", 1) < 0.01:
         return "entropy collapsed"
-    if m["actor_gap"] > 0.1:
+    if m.get("actor_gap", 0) > 0.1:
         return "sampler and learner disagree"
     return "ok"
 
@@ -332,13 +453,15 @@ def main(args: Args) -> Path:
                          "GRPO needs the training shape, such as training_6k.jsonl")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
-    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), args.seed)
+    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache), args.seed)
 
     # 3 model
-    policy = load_policy(args, device)
-    reference = load_policy(args, device, frozen=True) if args.kl_coef > 0 else None
+    policy = load_policy(args, device, naive=args.naive)
+    reference = load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     actor = make_actor(policy, device)
     pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
+    blank = blank_batch(tokenizer, actor.config, device)
+    graphs = {} if args.cuda_graph else None
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
@@ -354,64 +477,63 @@ def main(args: Args) -> Path:
                                    for step in range(first_step, num_steps)], args.num_workers)
 
     # 6 loop
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # or the time of a phase would be booked on the next one
-        return time.perf_counter()
-
     progress = tqdm(total=num_steps, initial=first_step, desc="grpo", disable=rank != 0, dynamic_ncols=True)
-    start = clock()
+    total_s, total_tokens = Counter(), Counter()  # by phase
+    start = first_start = clock()
     for step, examples in enumerate(loader, first_step):
         seconds = {"data_s": clock() - start}
 
         # 6a completions: sampled by the policy, G per prompt
-        usable = torch.tensor([not e.error for e in examples], device=device)  # (B,) bool
         for example in examples:
             if example.error:
                 tqdm.write(f"step {step}: sample {example.sample.sample_id} left out: {example.error}")
-        examples = [blank_example(e, tokenizer, policy.qwen.config) if e.error else e for e in examples]
-        rollout = sample_groups(actor, examples, step, args, pad_id, end_ids, banned_ids)
+        readable = [example for example in examples if not example.error]
+        rollout = sample_groups(actor, readable, step, args, pad_id, end_ids, banned_ids, graphs)
         seconds["rollout_s"] = clock() - start - sum(seconds.values())
 
         # 6b rewards and advantages
         texts = [completion_text(tokenizer, ids, length, end_ids)
                  for ids, length in zip(rollout.completion_ids, rollout.lengths.tolist())]
-        answers = [(text, examples[n // args.group_size]) for n, text in enumerate(texts)]  # N pairs
+        answers = [(text, readable[n // args.group_size]) for n, text in enumerate(texts)]  # N pairs
         accuracy = torch.tensor([accuracy_reward(text, e) for text, e in answers], device=device)  # (N,)
         formatted = torch.tensor([format_reward(text) for text, _ in answers], device=device)  # (N,)
         parsed = torch.tensor([parse_answer(text, e.options) is not None for text, e in answers], device=device)  # (N,) bool
         rewards = (accuracy + args.format_weight * formatted).view(-1, args.group_size)  # (B, G)
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
-        if rank == 0 and step % args.sample_every == 0:  # reading completions is the first debugging tool
+        if rank == 0 and answers and step % args.sample_every == 0:  # reading completions is the first debugging tool
             n = step // args.sample_every % len(answers)  # another row each time
             text, example = answers[n]
-            report = (f"\n--- step {step}, sample {example.sample.sample_id}, gold {example.gold}{', UNREADABLE' * bool(example.error)}\n"
-                      f"{example.prompt_text}\n>>> {text}\n"
-                      f"=== reward {rewards.flatten()[n].item():.2f}, advantage {advantages[n].item():+.2f}")
-            tqdm.write(report)
+            shown = (f"\n--- step {step}, sample {example.sample.sample_id}, gold {example.gold}\n"
+                     f"{example.prompt_text}\n>>> {text}\n"
+                     f"=== reward {rewards.flatten()[n].item():.2f}, advantage {advantages[n].item():+.2f}")
+            tqdm.write(shown)
             with open(output_dir / "samples.txt", "a") as file:
-                file.write(report + "\n")
+                file.write(shown + "\n")
 
         # 6c counts of the whole step: the denominators, fixed before the first backward
-        row_usable = usable.repeat_interleave(args.group_size)  # (N,)
-        loss_mask = rollout.completion_mask & row_usable[:, None]  # (N, C) bool
         ended = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=device)) & rollout.completion_mask
         flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
+        # Equal rewards mean advantages of 0: such a group counts in the statistics and in the denominators of the loss, but
+        # it is not learned. Its gradient would be 0, but for the KL term: with kl_coef > 0 what is dropped here is the pull
+        # of these completions towards the reference, which --learn_flat_groups keeps.
+        learned = torch.ones_like(flat) if args.learn_flat_groups else ~flat  # (B,) bool
+        learned_rows = learned.repeat_interleave(args.group_size)  # (N,) bool
         counts = sum_over_ranks({
-            "rows": row_usable.sum(), "groups": usable.sum(), "tokens": loss_mask.sum(), "bad_videos": (~usable).sum(),
-            "reward": (rewards.flatten() * row_usable).sum(), "accuracy": (accuracy * row_usable).sum(),
-            "format": (formatted * row_usable).sum(), "parsed": (parsed & row_usable).sum(),
-            "truncated": (~ended.any(dim=1) & row_usable).sum(), "group_std": (rewards.std(dim=1) * usable).sum(),
-            "flat_groups": (flat & usable).sum()}, device)
+            "rows": len(answers), "groups": len(readable), "tokens": rollout.lengths.sum(), "bad_videos": len(examples) - len(readable),
+            "reward": rewards.sum(), "accuracy": accuracy.sum(), "format": formatted.sum(), "parsed": parsed.sum(),
+            "truncated": (~ended.any(dim=1)).sum(), "group_std": group_std(rewards).sum(), "flat_groups": flat.sum(),
+            "learned_tokens": rollout.lengths[learned_rows].sum()}, device)
         if counts["rows"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
-        weights = token_weights(loss_mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
+        weights = token_weights(rollout.completion_mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
 
         # 6d log-probs under the reference, and under the sampling policy if it will move before their last use
-        N = len(answers)
-        batches = [range(i, min(i + args.micro_batch_size, N)) for i in range(0, N, args.micro_batch_size)]
-        ref_logps = score(reference, rollout, batches, args, pad_id, banned_ids) if reference is not None else None
-        old_logps = score(policy, rollout, batches, args, pad_id, banned_ids) if args.num_updates > 1 else None
+        batches = learned_rows.nonzero()[:, 0].split(args.micro_batch_size) if learned_rows.any() else ()
+        # At least one: a step without any signal is a step with a gradient of 0, in which Adam's momentum still moves weights.
+        num_blanks = max(1, max_over_ranks(len(batches), device)) - len(batches)
+        passes = (rollout, batches, num_blanks, blank, args, pad_id, banned_ids)
+        ref_logps = score(reference, *passes) if reference is not None else None
+        old_logps = score(policy, *passes) if args.num_updates > 1 else None
         seconds["score_s"] = clock() - start - sum(seconds.values())
 
         # 6e update
@@ -421,21 +543,23 @@ def main(args: Args) -> Path:
             lr = args.learning_rate * (1 - (step * args.num_updates + update) / (num_steps * args.num_updates))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for batch in batches:
-                part = slice(batch.start, batch.stop)
-                logps, entropy = rows_logps(policy, rollout, batch, args, pad_id, banned_ids)
+            for rows in batches:
+                mask = rollout.completion_mask[rows]
+                logps, entropy = rows_logps(policy, rollout, rows, args, pad_id, banned_ids)
                 # With one update the policy still is the one that sampled: its own value is pi_old.
-                old = logps.detach() if old_logps is None else old_logps[part]
-                token_loss, kl, clipped = grpo_token_loss(logps, old, None if ref_logps is None else ref_logps[part],
-                                                          advantages[part], args.clip_low, args.clip_high, args.kl_coef)
-                loss = (token_loss * weights[part]).sum()
+                old = logps.detach() if old_logps is None else old_logps[rows]
+                token_loss, kl, clipped = grpo_token_loss(logps, old, None if ref_logps is None else ref_logps[rows],
+                                                          advantages[rows], args.clip_low, args.clip_high, args.kl_coef)
+                loss = (token_loss * weights[rows]).sum()
                 # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()
                 sums["loss"] += loss.detach()
                 for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped)):
-                    sums[name] += value[loss_mask[part]].sum()
+                    sums[name] += value[mask].sum()
                 if update == 0:  # later the two differ because the policy has moved
-                    sums["actor_gap"] += (logps.detach() - rollout.logps[part])[loss_mask[part]].abs().sum()
+                    sums["actor_gap"] += (logps.detach() - rollout.logps[rows])[mask].abs().sum()
+            for _ in range(num_blanks):  # collective: every rank runs as many passes as the others
+                (0 * policy(*blank)[0].sum()).backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; look at the last completions in "
@@ -448,30 +572,36 @@ def main(args: Args) -> Path:
         # 6f log
         sums = sum_over_ranks(sums, device)
         step_s = sum(seconds.values())
-        token_updates = counts["tokens"] * args.num_updates
         metrics = {
             "step": step, "reward": counts["reward"] / counts["rows"], "group_std": counts["group_std"] / counts["groups"],
             "accuracy": counts["accuracy"] / counts["rows"], "parse_rate": counts["parsed"] / counts["rows"],
             "format_rate": counts["format"] / counts["rows"], "flat_group_frac": counts["flat_groups"] / counts["groups"],
             "completion_length": counts["tokens"] / counts["rows"], "truncated_frac": counts["truncated"] / counts["rows"],
-            "loss": sums["loss"] / args.num_updates, "entropy": sums["entropy"] / token_updates,
-            "clip_frac": sums["clipped"] / token_updates, "actor_gap": sums["actor_gap"] / counts["tokens"],
-            "grad_norm": grad_norm, "lr": lr, "bad_videos": int(counts["bad_videos"]),
+            "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr, "bad_videos": int(counts["bad_videos"]),
             "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, **seconds}
-        if reference is not None:
-            metrics["kl"] = sums["kl"] / token_updates
+        if counts["learned_tokens"]:
+            token_updates = counts["learned_tokens"] * args.num_updates
+            metrics |= {"entropy": sums["entropy"] / token_updates, "clip_frac": sums["clipped"] / token_updates,
+                        "actor_gap": sums["actor_gap"] / counts["learned_tokens"]}
+            if reference is not None:
+                metrics["kl"] = sums["kl"] / token_updates
         if rank == 0:
             append_jsonl(output_dir / "metrics.jsonl", metrics)
             progress.set_postfix_str(f"reward {metrics['reward']:.2f}+-{metrics['group_std']:.2f} acc {metrics['accuracy']:.2f} "
                                      f"parse {metrics['parse_rate']:.2f} len {metrics['completion_length']:.0f} "
                                      f"| {health(metrics)}")
             progress.update()
+        for name, phase_s in seconds.items():
+            total_s[name.removesuffix("_s")] += phase_s
+        total_tokens["rollout"] += counts["tokens"]
+        total_tokens["update"] += counts["learned_tokens"] * args.num_updates
         if args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(output_dir, step + 1, policy, optimizer)
         start = clock()
 
     # 7 finish
     progress.close()
+    report(output_dir, total_s, total_tokens, clock() - first_start, device)
     export(policy, tokenizer, args.model, output_dir / "final")
     return output_dir / "final"
 

@@ -21,8 +21,10 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -39,12 +41,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgumentParser, Qwen2VLForConditionalGeneration
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
 from data import Example, encode_prompt, patchify, rope_positions
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGITS_CHUNK = 512  # completion tokens whose (chunk, V) logits exist at one time: 512 x 152,064 float32 is 0.3 GB
+# Work that this process has done so far, for the report at the end: exact, and the same on every machine.
+COUNTS = {"vision_patches": 0,  # patches through the vision tower
+          "prefill_tokens": 0,  # prompt tokens through the sampler's text model
+          "decoded_tokens": 0,  # completion tokens through it, those of finished rows that stayed in the batch included
+          "learner_tokens": 0,  # tokens of prompts and completions through the policy's and the reference's, padding included
+          "logits": 0}  # elements of the logits that log-probs were taken from
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
                    "chat_template.json", "chat_template.jinja")
 
@@ -130,6 +140,13 @@ def sum_over_ranks(values: dict[str, float | Tensor], device: torch.device) -> d
     return dict(zip(values, total.tolist()))  # CPU-GPU sync
 
 
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest `value` of all ranks. Collective."""
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)  # CPU-GPU sync
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading and sharding.
 
@@ -203,10 +220,11 @@ def pick_dtype(args, device: torch.device) -> torch.dtype:
     return DTYPES[args.dtype]
 
 
-def load_policy(args, device: torch.device, frozen: bool = False) -> "Policy":
+def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = False) -> "Policy":
     """The sharded policy of --model, ready to learn: masters in float32 (float64 where that is the compute dtype).
 
     `frozen` gives a reference that never learns. It is kept in the compute dtype: masters would be cast to it anyway.
+    `naive` runs completions as padded rows that share nothing.
     """
     dtype = pick_dtype(args, device)
     qwen = load_qwen(args.model, dtype if frozen else torch.promote_types(dtype, torch.float32))
@@ -215,7 +233,7 @@ def load_policy(args, device: torch.device, frozen: bool = False) -> "Policy":
         # The method's new name; transformers 5.17 and older know the other one only.
         enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    policy = Policy(qwen, dtype)
+    policy = Policy(qwen, dtype, naive)
     shard(policy, device)
     return policy
 
@@ -257,25 +275,30 @@ def collate_prompts(examples: list[Example], pad_id: int, device: torch.device) 
     return Prompts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
-def blank_example(example: Example, tokenizer, config) -> Example:
-    """Stands in for a sample whose pixels cannot be read: its rows get weight 0 and count in no statistic.
+def blank_batch(tokenizer, config, device: torch.device) -> tuple[Prompts, Tensor, Tensor, Tensor]:
+    """What `Policy.forward` takes, as small as it gets: for a rank that has less to learn in a step than the others.
 
-    It is there because every rank must run as many forward passes as the others: FSDP gathers weights in each.
+    Every rank must run as many forward and backward passes as the others, because FSDP gathers weights in each. A rank
+    that is short of micro-batches (unreadable videos, groups that teach nothing) runs this one, with weight 0.
     """
     pixels, grid = patchify(np.zeros((1, 28, 28, 3), np.uint8))
     ids = encode_prompt(tokenizer, "-", image_grid_thw=grid)
-    positions = rope_positions(ids, [grid], config.image_token_id, config.video_token_id)
-    return dataclasses.replace(example, prompt_ids=ids, position_ids=positions, pixel_values_videos=None, video_grid_thw=None,
-                               pixel_values=pixels, image_grid_thw=grid)
+    example = Example(None, (), "", "-", prompt_ids=ids, pixel_values=pixels, image_grid_thw=grid,
+                      position_ids=rope_positions(ids, [grid], config.image_token_id, config.video_token_id))
+    end = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_end|>")]], device=device)
+    prompts = collate_prompts([example], tokenizer.pad_token_id, device)
+    return prompts, torch.zeros(1, dtype=torch.int64, device=device), end, torch.ones_like(end, dtype=torch.bool)
 
 
 def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
-    """Token embeddings with the vision tower's outputs in the places of the vision tokens: (B, P, D)."""
-    embeds = qwen.get_input_embeddings()(prompts.ids)  # (B, P, D)
+    """Token embeddings with the vision tower's outputs in the places of the vision tokens: (tokens of all prompts, D)."""
+    COUNTS["vision_patches"] += len(prompts.pixel_values)
+    ids = prompts.ids[prompts.mask]  # one prompt after the other, without padding
     # One pass for videos and images alike: to the tower an image is a video of one temporal patch.
     vision = qwen.model.visual(prompts.pixel_values, grid_thw=prompts.grid_thw).pooler_output  # (S / 4, D)
-    is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
-    return embeds.masked_scatter(is_vision[..., None], vision.to(embeds.dtype))
+    is_vision = (ids == qwen.config.image_token_id) | (ids == qwen.config.video_token_id)
+    embeds = qwen.get_input_embeddings()(ids)
+    return embeds.masked_scatter(is_vision[:, None], vision.to(embeds.dtype))
 
 
 def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer) -> list[int]:
@@ -297,6 +320,103 @@ def vision_token_ids(qwen: Qwen2VLForConditionalGeneration, device: torch.device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Attention where the rows of a group share their prompt. Hugging Face's layers do projections, rotations and MLPs, token by
+# token; who sees whom is ours.
+
+def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **kwargs):
+    """What the text model's layers call: `attend`, if it was given to the text model, else Hugging Face's own attention.
+
+    Args: query (1, H, T, d); key, value (1, H_kv, T, d), rotated to their positions; attend(layer, query, key, value) with
+        the leading 1 dropped, which returns (T, H, d).
+    """
+    if attend is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    return attend(module.layer_idx, query[0], key[0], value[0])[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("grouped", attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def use_our_attention(qwen: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGeneration:
+    """Makes the text model's layers call `attention`; the vision tower keeps its own."""
+    qwen.model.language_model.config._attn_implementation = "grouped"
+    return qwen
+
+
+def text_states(qwen: Qwen2VLForConditionalGeneration, embeds: Tensor, position_ids: Tensor, attend) -> Tensor:
+    """The text model's last states (T, D) of T tokens, embeds (T, D) at position_ids (3, T), that see what `attend` lets them."""
+    # A dict is taken as masks that are ready: none, because `attend` masks.
+    return qwen.model.language_model(inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False,
+                                     attention_mask={"full_attention": None}, attend=attend).last_hidden_state[0]
+
+
+class Ragged:
+    """Rows of different lengths: packed, one after the other, for all layers; padded on the right, for attention alone."""
+
+    def __init__(self, lengths: Tensor):
+        """lengths (rows,) int64, each >= 1."""
+        self.mask = completion_mask_from(lengths, int(lengths.max()))  # (rows, columns) bool; CPU-GPU sync
+        self.slots = self.mask.flatten().nonzero()[:, 0]  # (tokens,): where in the padded form each packed token is
+        self.ends = lengths.cumsum(0)  # (rows,): the packed index after each row's last token
+
+    def pad(self, packed: Tensor) -> Tensor:  # (heads, tokens, d) -> (rows, heads, columns, d)
+        heads, _, d = packed.shape
+        padded = packed.new_zeros(heads, self.mask.numel(), d).index_copy(1, self.slots, packed)
+        return padded.view(heads, *self.mask.shape, d).transpose(0, 1)
+
+    def pack(self, padded: Tensor) -> Tensor:  # (rows, heads, columns, d) -> (tokens, heads, d)
+        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
+
+
+def attend_causally(rows: Ragged, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token sees its own row up to itself. Packed (heads, tokens, d) -> packed (tokens, H, d), and padded key, value."""
+    query, key, value = rows.pad(query), rows.pad(key), rows.pad(value)
+    # Padding stands on the right, where no token looks, so the kernel needs no mask.
+    out = F.scaled_dot_product_attention(query, *repeat_heads(query, key, value), is_causal=True)
+    return rows.pack(out), key, value
+
+
+def repeat_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Grouped-query attention: gives keys or values (rows, H_kv, columns, d) as many heads as the query has."""
+    # Not enable_gqa: with a mask it leaves the fast kernels (14 times slower on a CPU).
+    return [x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in tensors]
+
+
+class SharedPrompts:
+    """B prompts and the N completions that continue them as one sequence, [q_1 | .. | q_B | o_1 | .. | o_N], unpadded.
+
+    Everything in the model but attention treats tokens one by one. So it runs on sum |q_b| + sum |o_n| tokens, not on
+    N (P + C): at P = 900, G = 8 and C = 512 that is 2.3 times fewer. Attention is split in two: prompts see themselves,
+    completions their prompt and themselves. As each completion starts at the position after its prompt, nothing in it can tell
+    that others share it: values and gradients are those of N separate rows (the prompt's gradient is their sum).
+    """
+
+    def __init__(self, prompt_lengths: Tensor, completion_lengths: Tensor, row_prompt: Tensor):
+        self.prompts, self.completions, self.row_prompt = Ragged(prompt_lengths), Ragged(completion_lengths), row_prompt
+        self.num_prompt_tokens = len(self.prompts.slots)
+        (N, C), device = self.completions.mask.shape, row_prompt.device
+        own = torch.ones(C, C, dtype=torch.bool, device=device).tril()
+        seen = self.prompts.mask[row_prompt]  # (N, P)
+        self.mask = torch.cat([seen[:, None].expand(-1, C, -1), own.expand(N, -1, -1)], dim=2)[:, None]  # (N, 1, C, P + C)
+        # The state that predicts a token is the one before it: for a completion's first token, its prompt's last.
+        before = torch.arange(len(self.completions.slots), device=device) + self.num_prompt_tokens - 1
+        first = self.completions.ends - completion_lengths
+        self.predictors = before.index_copy(0, first, self.prompts.ends[row_prompt] - 1)  # (M,) packed indices
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Split attention over the packed sequence: (H, T, d) and (H_kv, T, d) twice -> (T, H, d)."""
+        sizes = [self.num_prompt_tokens, query.shape[1] - self.num_prompt_tokens]
+        (query_q, query_o), (key_q, key_o), (value_q, value_o) = (x.split(sizes, dim=1) for x in (query, key, value))
+        out_q, key_q, value_q = attend_causally(self.prompts, query_q, key_q, value_q)
+        query_o, key_o, value_o = (self.completions.pad(x) for x in (query_o, key_o, value_o))
+        key = torch.cat([key_q.index_select(0, self.row_prompt), key_o], dim=2)  # (N, H_kv, P + C, d)
+        value = torch.cat([value_q.index_select(0, self.row_prompt), value_o], dim=2)
+        out_o = F.scaled_dot_product_attention(query_o, *repeat_heads(query_o, key, value), attn_mask=self.mask)
+        return torch.cat([out_q, self.completions.pack(out_o)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The policy: log-probs of completions, and nothing else.
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -311,6 +431,8 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         `banned_ids` exactly as in sampling, or the trained policy is not the one that sampled.
     Returns: logps (M,) and entropy (M,), nats, float32 (float64 for float64 input); the entropy carries no gradient.
     """
+    COUNTS["logits"] += len(targets) * len(weight)
+
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)  # (chunk, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -329,38 +451,55 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 class Policy(nn.Module):
     """pi_theta: the FSDP root around Qwen2-VL. All that must run on gathered weights happens inside its one forward."""
 
-    def __init__(self, qwen: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype):
+    def __init__(self, qwen: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype, naive: bool = False):
         super().__init__()
-        self.qwen, self.compute_dtype = qwen, compute_dtype
+        self.qwen, self.compute_dtype, self.naive = use_our_attention(qwen), compute_dtype, naive
 
     def forward(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor,
                 temperature: float = 1.0, banned_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log pi(o_t | q, o_<t) for every completion token, teacher-forced.
 
-        Args: row_prompt (N,) int64, which prompt each row continues (rows of one group share its vision pass);
-            completion_ids (N, C) int64, padded on the right; completion_mask (N, C) bool, True up to and including the end
-            token; temperature and banned_ids as in `token_logps`.
+        Args: row_prompt (N,) int64, which prompt each row continues; completion_ids (N, C) int64, padded on the right;
+            completion_mask (N, C) bool, True up to and including the end token; temperature and banned_ids as in
+            `token_logps`.
         Returns: logps (N, C) and entropy (N, C), float32 (float64 for float64 weights), 0 where the mask is False.
         Collective under FSDP: every rank calls it equally often.
         """
-        text_model = self.qwen.model.language_model
-        C = completion_ids.shape[1]
-        embeds = torch.cat([embed_prompts(self.qwen, prompts)[row_prompt],
-                            self.qwen.get_input_embeddings()(completion_ids)], dim=1)  # (N, T, D)
-        attention_mask = torch.cat([prompts.mask[row_prompt], completion_mask], dim=1)  # (N, T)
-        # Completion token k sits at next_position + k on all three axes.
-        steps = torch.arange(C, device=completion_ids.device)
-        completion_positions = (prompts.next_position[row_prompt, None] + steps).expand(3, -1, -1)  # (3, N, C)
-        position_ids = torch.cat([prompts.position_ids[:, row_prompt], completion_positions], dim=2)  # (3, N, T)
-        hidden = text_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                            use_cache=False).last_hidden_state  # (N, T, D)
-        # The state at column t predicts token t + 1, so the C states from the prompt's last column on are all we need:
-        # prompt tokens get no logits and no gradient of their own.
-        hidden = hidden[:, -C - 1:-1]  # (N, C, D)
-        logps, entropy = token_logps(hidden[completion_mask], self.qwen.lm_head.weight, completion_ids[completion_mask],
-                                     temperature, banned_ids)
+        states = self.naive_states if self.naive else self.shared_states
+        hidden = states(prompts, row_prompt, completion_ids, completion_mask)  # (M, D)
+        logps, entropy = token_logps(hidden, self.qwen.lm_head.weight, completion_ids[completion_mask], temperature, banned_ids)
         zeros = torch.zeros(completion_mask.shape, dtype=logps.dtype, device=logps.device)
         return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
+
+    def shared_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """The states (M, D) that predict the completions' tokens, from one sequence with each prompt in it once."""
+        layout = SharedPrompts(prompts.mask.sum(1), completion_mask.sum(1), row_prompt)
+        embeds = torch.cat([embed_prompts(self.qwen, prompts),
+                            self.qwen.get_input_embeddings()(completion_ids[completion_mask])])  # (T, D)
+        position_ids = torch.cat([prompts.position_ids[:, prompts.mask],
+                                  completion_positions(prompts, row_prompt, completion_ids)[:, completion_mask]], dim=1)  # (3, T)
+        COUNTS["learner_tokens"] += len(embeds)
+        return text_states(self.qwen, embeds, position_ids, layout.attend).index_select(0, layout.predictors)
+
+    def naive_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """The same states from N sequences [q | o_n], padded to P + C columns: no trick but the vision tower's one pass."""
+        packed = embed_prompts(self.qwen, prompts)
+        prompt_embeds = packed.new_zeros(*prompts.mask.shape, packed.shape[1]).masked_scatter(prompts.mask[..., None], packed)  # (B, P, D)
+        embeds = torch.cat([prompt_embeds[row_prompt], self.qwen.get_input_embeddings()(completion_ids)], dim=1)  # (N, P + C, D)
+        attention_mask = torch.cat([prompts.mask[row_prompt], completion_mask], dim=1)  # (N, P + C)
+        position_ids = torch.cat([prompts.position_ids[:, row_prompt],
+                                  completion_positions(prompts, row_prompt, completion_ids)], dim=2)  # (3, N, P + C)
+        COUNTS["learner_tokens"] += attention_mask.numel()
+        hidden = self.qwen.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                                use_cache=False).last_hidden_state  # (N, P + C, D)
+        # The state at column t predicts token t + 1, so what we need are the C states from the prompt's last column on.
+        return hidden[:, -completion_ids.shape[1] - 1:-1][completion_mask]
+
+
+def completion_positions(prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor) -> Tensor:
+    """Positions (3, N, C) of the completions' tokens: token t of a row is at its prompt's next_position + t on all axes."""
+    steps = torch.arange(completion_ids.shape[1], device=completion_ids.device)
+    return (prompts.next_position[row_prompt, None] + steps).expand(3, -1, -1)
 
 
 def completion_mask_from(lengths: Tensor, C: int) -> Tensor:
@@ -391,7 +530,7 @@ def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
     for buffer, source in zip(qwen.buffers(), policy.qwen.buffers(), strict=True):
         buffer.copy_(source)
     qwen.generation_config = policy.qwen.generation_config
-    return qwen
+    return use_our_attention(qwen)
 
 
 def make_actor(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
@@ -405,7 +544,7 @@ def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
     """The model of --model as an actor that nobody trains, for evaluation: each rank reads a whole copy for itself."""
     check_qwen2_vl(args.model)
     actor = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype=pick_dtype(args, device), use_safetensors=True)
-    return actor.to(device).eval().requires_grad_(False)
+    return use_our_attention(actor).to(device).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +552,7 @@ def load_actor(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
 
 # Flags that may differ between a run and its resumption; any other would make it another run.
 FREE_ON_RESUME = {"output_dir", "resume", "num_workers", "sample_every", "save_every", "micro_batch_size", "rollout_prompts",
-                  "gradient_checkpointing"}
+                  "gradient_checkpointing", "frame_cache", "naive", "cuda_graph"}
 
 
 def open_run(args, resume: bool = False) -> Path:
@@ -447,6 +586,36 @@ def append_jsonl(path: Path, record: dict) -> None:
     """Adds one line to a JSONL file."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def clock() -> float:
+    """Seconds from some fixed point, when all work given to the device so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # or the time of a phase would be booked on the next one
+    return time.perf_counter()
+
+
+def report(output_dir: Path, seconds: dict[str, float], tokens: dict[str, float], wall_s: float, device: torch.device) -> None:
+    """Prints where the time of a run went, with peak memory and COUNTS, and writes it to report.json. Collective.
+
+    Args: seconds by phase, of this rank, summed over the run; tokens, for some of the phases, how many completion tokens of
+        all ranks went through it; wall_s, from the first step to the last.
+    """
+    counts = {name: int(count) for name, count in sum_over_ranks(COUNTS, device).items()}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if dist.get_rank() == 0:
+        seconds = {**seconds, "other": wall_s - sum(seconds.values())}  # logging, checkpoints
+        rates = {phase: tokens[phase] / seconds[phase] for phase in tokens}
+        print(f"\n{'phase':10}{'seconds':>10}{'share':>8}{'tokens/s':>12}")
+        for phase, phase_s in seconds.items():
+            print(f"{phase:10}{phase_s:10.1f}{phase_s / wall_s:8.0%}" + (f"{rates[phase]:12,.0f}" if phase in rates else ""))
+        print(f"peak memory of rank 0: {peak / 2**30:.2f} GiB; all ranks: "
+              + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count))
+        (output_dir / "report.json").write_text(json.dumps({
+            "seconds": seconds, "tokens_per_s": rates, "peak_bytes": peak, "counts": counts}, indent=1) + "\n")
 
 
 def export(policy: Policy, tokenizer, source: str, output_dir: Path) -> None:

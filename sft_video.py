@@ -20,7 +20,7 @@ Where this departs from the published run, and why:
 Reference: SEED-Bench-R1, arXiv 2503.24376.
 """
 import math
-import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, step_batch
-from model import (append_jsonl, arg, blank_example, check_ranges, collate_prompts, completion_mask_from, export,
-                   load_checkpoint, load_policy, load_tokenizer, open_run, parse_args, resolve_toy, save_checkpoint, setup,
-                   sum_over_ranks)
+from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, completion_mask_from, export,
+                   load_checkpoint, load_policy, load_tokenizer, max_over_ranks, open_run, parse_args, report, resolve_toy,
+                   save_checkpoint, setup, sum_over_ranks)
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Args:
     min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
+    frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     # optimisation; all quantities are global, whatever the number of ranks
     prompts_per_step: int = arg(128, "records per step over all ranks, a multiple of their number")
     num_epochs: int = arg(1, "passes over the data when max_steps is 0")
@@ -72,7 +73,7 @@ class Args:
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
 TOY = dict(image_size=56, num_frames=8, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=1e-4,
-           gradient_checkpointing=False, output_dir="out/toy_sft")
+           gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_sft")
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
@@ -83,13 +84,10 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
 
 
-def encode_responses(tokenizer, examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """The targets of B examples: response_ids (B, C) int64, padded on the right, and lengths (B,), end token included."""
-    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    # The end token is trained like any other: a model that never sees it never learns to stop.
-    rows = [torch.tensor(tokenizer(e.sample.response, add_special_tokens=False)["input_ids"] + [end_id]) for e in examples]
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id), lengths
+def encode_response(tokenizer, response: str) -> Tensor:
+    """The targets of one example: (C,) int64. The end token is one of them: a model that never sees it never learns to stop."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")])
 
 
 def main(args: Args) -> Path:
@@ -107,10 +105,11 @@ def main(args: Args) -> Path:
                          "training_with_cot_6k.jsonl ('prompt' messages and a 'response')")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
-    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size), args.seed)
+    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache), args.seed)
 
     # 3 model
     policy = load_policy(args, device)
+    blank = blank_batch(tokenizer, policy.qwen.config, device)
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
@@ -124,21 +123,20 @@ def main(args: Args) -> Path:
 
     # 6 loop; the letters are those of grpo_video.py, where b is the rewards and d the other policies' log-probs
     progress = tqdm(total=num_steps, initial=first_step, desc="sft", disable=rank != 0, dynamic_ncols=True)
-    start = time.perf_counter()
+    total_s, total_tokens = Counter(), Counter()  # by phase
+    start = first_start = clock()
     for step, examples in enumerate(loader, first_step):
-        data_s = time.perf_counter() - start
+        seconds = {"data_s": clock() - start}
 
         # 6a completions: the teacher's
-        usable = torch.tensor([not e.error for e in examples], device=device)  # (B,) bool
         for example in examples:
             if example.error:
                 tqdm.write(f"step {step}: sample {example.sample.sample_id} left out: {example.error}")
-        examples = [blank_example(e, tokenizer, policy.qwen.config) if e.error else e for e in examples]
-        response_ids, lengths = (t.to(device) for t in encode_responses(tokenizer, examples))
-        mask = completion_mask_from(lengths, response_ids.shape[1])  # (B, C) bool
+        readable = [example for example in examples if not example.error]
+        responses = [encode_response(tokenizer, example.sample.response) for example in readable]
 
         # 6c counts of the whole step: the denominators, fixed before the first backward
-        counts = sum_over_ranks({"tokens": (mask & usable[:, None]).sum(), "bad_videos": (~usable).sum()}, device)
+        counts = sum_over_ranks({"tokens": sum(map(len, responses)), "bad_videos": len(examples) - len(readable)}, device)
         if counts["tokens"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
 
@@ -147,19 +145,24 @@ def main(args: Args) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = {"loss": 0.0, "entropy": 0.0}
-        for i in range(0, len(examples), args.micro_batch_size):
+        batches = range(0, len(readable), args.micro_batch_size)
+        for i in batches:
             part = slice(i, i + args.micro_batch_size)
-            C = int(lengths[part].max())
-            prompts = collate_prompts(examples[part], tokenizer.pad_token_id, device)
-            row_prompt = torch.arange(len(prompts.ids), device=device)
-            logps, entropy = policy(prompts, row_prompt, response_ids[part, :C], mask[part, :C])  # (rows, C)
+            prompts = collate_prompts(readable[part], tokenizer.pad_token_id, device)
+            response_ids = torch.nn.utils.rnn.pad_sequence(responses[part], batch_first=True).to(device)  # (rows, C)
+            lengths = torch.tensor([len(response) for response in responses[part]], device=device)
+            mask = completion_mask_from(lengths, response_ids.shape[1])  # (rows, C) bool
+            row_prompt = torch.arange(len(lengths), device=device)
+            logps, entropy = policy(prompts, row_prompt, response_ids, mask)  # (rows, C)
             # L = -sum_t log pi(o_t | q, o_<t) / number of response tokens in the step
-            weights = (mask[part, :C] & usable[part, None]) / counts["tokens"]
+            weights = mask / counts["tokens"]
             loss = -(logps * weights).sum()
             # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
             (loss * world_size).backward()
             sums["loss"] += loss.detach()
             sums["entropy"] += (entropy * weights).sum()
+        for _ in range(max_over_ranks(len(batches), device) - len(batches)):  # collective: as many passes as the others
+            (0 * policy(*blank)[0].sum()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; start again with a lower --learning_rate")
@@ -168,19 +171,24 @@ def main(args: Args) -> Path:
 
         # 6f log
         sums = sum_over_ranks(sums, device)
-        step_s = time.perf_counter() - start
+        seconds["update_s"] = clock() - start - sum(seconds.values())
+        step_s = sum(seconds.values())
         if rank == 0:
             append_jsonl(output_dir / "metrics.jsonl", {
                 "step": step, **sums, "grad_norm": grad_norm, "lr": lr, "bad_videos": int(counts["bad_videos"]),
-                "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, "data_s": data_s})
+                "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, **seconds})
             progress.set_postfix_str(f"loss {sums['loss']:.3f} grad {grad_norm:.2f} lr {lr:.1e}")
             progress.update()
+        for name, phase_s in seconds.items():
+            total_s[name.removesuffix("_s")] += phase_s
+        total_tokens["update"] += counts["tokens"]
         if args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(output_dir, step + 1, policy, optimizer)
-        start = time.perf_counter()
+        start = clock()
 
     # 7 finish
     progress.close()
+    report(output_dir, total_s, total_tokens, clock() - first_start, device)
     export(policy, tokenizer, args.model, output_dir / "final")
     return output_dir / "final"
 

@@ -11,12 +11,15 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import float64  # noqa: E402
 import toy  # noqa: E402
 from data import Frames, VideoDataset, load_samples  # noqa: E402
 from model import load_tokenizer, setup  # noqa: E402
 
 # One thread: a tiny model gains nothing from two, and two crawl when another process wants a core.
 torch.set_num_threads(1)
+
+float64.lift()
 
 FRAMES = Frames(num_frames=8, image_size=56)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 import model as model_module
 import toy
 from grpo_video import completion_text, generate
-from model import (Policy, blank_example, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
+from model import (Policy, blank_batch, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
                    load_policy, make_actor, token_logps, vision_token_ids)
 
 
@@ -28,14 +28,10 @@ def qwen64(device):
     return load_actor(load_args(dtype="float64"), device)
 
 
-def generators(seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def sample(qwen, tokenizer, examples, G=4, C=24, temperature=1.0, seeds=None):
     prompts = collate_prompts(examples, tokenizer.pad_token_id, qwen.device)
-    draws = generators(seeds or range(len(examples))) if temperature else None
-    return prompts, *generate(qwen, prompts, G, C, temperature, draws, end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device))
+    seeds = (seeds or range(len(examples))) if temperature else None
+    return prompts, *generate(qwen, prompts, G, C, temperature, seeds, end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device))
 
 
 def teacher_forced(qwen, prompts, ids, lengths, G, temperature=1.0):
@@ -228,7 +224,7 @@ def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragge
         assert first is None or set(row[first:]) == {row[first]}
     # A completion may be nothing but the end token: force it by making every token an end token.
     prompts = collate_prompts(ragged, tokenizer.pad_token_id, qwen.device)
-    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, generators(range(4)), list(range(len(tokenizer))), vision_token_ids(qwen, qwen.device))
+    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, range(4), list(range(len(tokenizer))), vision_token_ids(qwen, qwen.device))
     assert lengths.tolist() == [1] * 8
 
 
@@ -317,10 +313,10 @@ def test_another_kind_of_model_is_refused(tmp_path, device):
         load_policy(load_args(dtype="int8"), device)
 
 
-def test_blank_example_goes_through_the_model(qwen, tokenizer, ragged):
-    blank = blank_example(ragged[2], tokenizer, qwen.config)
-    assert len(blank.prompt_ids) < len(ragged[2].prompt_ids) and blank.pixel_values_videos is None
-    tokens = (blank.prompt_ids == qwen.config.image_token_id) | (blank.prompt_ids == qwen.config.video_token_id)
-    assert tokens.sum() == len(blank.pixel_values) // 4  # as many places for vision as there are features
-    _, ids, lengths, logps = sample(qwen, tokenizer, [blank, ragged[2]])
-    assert logps.isfinite().all()
+def test_blank_batch_is_small_and_goes_through_the_model_with_finite_gradients(qwen, tokenizer, ragged):
+    policy = Policy(copy.deepcopy(qwen).requires_grad_(), torch.float32)
+    logps, _ = policy(*blank_batch(tokenizer, qwen.config, qwen.device))
+    assert logps.shape == (1, 1) and logps.isfinite().all()
+    (0 * logps.sum()).backward()
+    # Every weight takes part: one without a gradient would be reduced on some ranks and not on others.
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
