@@ -49,7 +49,7 @@ from data import Example, encode_prompt, patchify, rope_positions
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGITS_CHUNK = 512  # completion tokens whose (chunk, V) logits exist at one time: 512 x 152,064 float32 is 0.3 GB
-# Work that this process has done so far, for the report at the end: exact, and the same on every machine.
+# Work that this process has done since its run began, for the report at the end: exact, and the same on every machine.
 COUNTS = {"vision_patches": 0,  # patches through the vision tower
           "prefill_tokens": 0,  # prompt tokens through the sampler's text model
           "decoded_tokens": 0,  # completion tokens through it, those of finished rows that stayed in the batch included
@@ -106,6 +106,7 @@ def setup() -> tuple[int, int, torch.device]:
     Under torchrun the address comes from its environment variables; without it a group of one process is made, so that
     the same code path (FSDP, collectives, checkpoints) runs everywhere. NCCL on GPUs, gloo on CPUs.
     """
+    COUNTS.update(dict.fromkeys(COUNTS, 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -435,12 +436,14 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)  # (chunk, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        # In place and under one name, because each tensor of this size takes 0.3 GB.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
         if banned_ids is not None:
-            logits = logits.index_fill(1, banned_ids, -torch.inf)
-        logps = logits.log_softmax(-1)
-        entropy = torch.special.entr(logps.detach().exp()).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
+            logits = logits.index_fill_(1, banned_ids, -torch.inf)
+        logits = logits.log_softmax(-1)
+        probs = logits.detach().exp()
+        entropy = torch.special.entr(probs, out=probs).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+        return logits.gather(-1, targets[:, None])[:, 0], entropy
 
     chunks = [checkpoint(one_chunk, h, t, use_reentrant=False, preserve_rng_state=False)
               for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))]

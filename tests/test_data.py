@@ -4,6 +4,7 @@ import faulthandler
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -519,6 +520,32 @@ def test_decoding_leaves_nothing_behind(broken, children):
         except ValueError:
             pass
     assert count() == before and len(children) == 3
+
+
+def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
+    path, cache = tmp_path / "clip.mp4", tmp_path / "cache"
+    shutil.copy(broken / "good.mp4", path)
+    frames = Frames(image_size=28, num_frames=4, cache=str(cache))
+    decoded = []
+    monkeypatch.setattr(data, "read_video", lambda path, frames, read=data.read_video: decoded.append(path) or read(path, frames))
+    first, again = (data.cached_video(path, frames) for _ in range(2))
+    assert len(decoded) == 1 and first.dtype == again.dtype == np.uint8
+    assert np.array_equal(first, again) and np.array_equal(first, data.read_video(path, frames))
+    assert [file.suffix for file in cache.iterdir()] == [".npy"]  # whole files only
+    del decoded[:]
+    data.cached_video(path, replace(frames, image_size=56))
+    os.utime(path, (0, 0))  # the file was changed
+    data.cached_video(path, frames)
+    assert len(decoded) == 2
+
+
+def test_unreadable_clips_are_not_cached(broken, tmp_path):
+    frames = Frames(cache=str(tmp_path / "cache"))
+    for path in (broken / "truncated.mp4", tmp_path / "missing.mp4"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=path.name):
+                data.cached_video(path, frames)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_without_fork(broken, monkeypatch):

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import same_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
 import model as model_module
 import toy
-from grpo_video import completion_text, generate
-from model import (Policy, blank_batch, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
+from grpo_video import Decoder, completion_text, generate
+from model import (COUNTS, Policy, SharedPrompts, blank_batch, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
                    load_policy, make_actor, token_logps, vision_token_ids)
 
 
@@ -160,6 +162,84 @@ def test_softmax_of_bf16_logits_runs_in_float32():
     torch.testing.assert_close(logps, expected)
 
 
+def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
+    # Every tensor that an operator makes, forward and backward, is looked at.
+    monkeypatch.setattr(model_module, "LOGITS_CHUNK", 8)
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    with Sizes():
+        token_logps(hidden, weight, torch.zeros(64, dtype=torch.int64), banned_ids=torch.tensor([5]))[0].sum().backward()
+    assert max(sizes) == 8 * 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared prompts: each one once in a sequence without padding, against rows [prompt | completion] that share nothing.
+
+@pytest.fixture
+def mixed(qwen64, tokenizer, ragged):
+    """Rows of an image-only prompt and of three with clips, unevenly many of each: one is nothing but its end token, one never ends."""
+    prompts = collate_prompts(ragged, tokenizer.pad_token_id, torch.device("cpu"))
+    lengths = torch.tensor([1, 12, 5, 3, 12, 7, 1, 9, 12])
+    row_prompt = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
+    ids = torch.randint(0, 300, (9, 12), generator=torch.Generator().manual_seed(0))
+    ids[torch.arange(9), lengths - 1] = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids[8, -1] = 7
+    return prompts, row_prompt, ids, completion_mask_from(lengths, 12)
+
+
+def test_shared_prompts_equal_naive_rows(qwen64, mixed):
+    shared, naive = (Policy(copy.deepcopy(qwen64).requires_grad_(), torch.float64, naive) for naive in (False, True))
+    weights = torch.randn(9, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    outputs = []
+    for policy in (shared, naive):
+        logps, entropy = policy(*mixed, 0.9, vision_token_ids(qwen64, qwen64.device))
+        loss = (logps.exp() * weights).sum()
+        loss.backward()
+        outputs.append((logps.detach(), entropy, loss.detach()))
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    same_gradients(shared, naive, rtol=1e-9)
+    assert all(p.grad.any() for p in shared.parameters()), "a weight that nothing has reached shows nothing"
+
+
+def test_shared_sequence_has_no_padding_and_each_prompt_once(qwen64, mixed):
+    prompts, row_prompt, ids, mask = mixed
+    before = dict(COUNTS)
+    Policy(qwen64, torch.float64)(*mixed)
+    assert COUNTS["learner_tokens"] - before["learner_tokens"] == prompts.mask.sum() + mask.sum()
+    assert COUNTS["vision_patches"] - before["vision_patches"] == len(prompts.pixel_values)
+    assert COUNTS["logits"] - before["logits"] == mask.sum() * qwen64.config.text_config.vocab_size
+    Policy(qwen64, torch.float64, naive=True)(*mixed)
+    assert COUNTS["learner_tokens"] - before["learner_tokens"] == prompts.mask.sum() + mask.sum() + 9 * (prompts.mask.shape[1] + 12)
+
+
+def test_split_attention_equals_a_loop_over_tokens():
+    prompt_lengths, lengths, row_prompt = torch.tensor([3, 5]), torch.tensor([2, 1, 4]), torch.tensor([1, 0, 1])
+    g = torch.Generator().manual_seed(0)
+    heads, kv_heads, d, T = 4, 2, 8, 15
+    query = torch.randn(heads, T, d, generator=g, dtype=torch.float64)
+    key, value = (torch.randn(kv_heads, T, d, generator=g, dtype=torch.float64) for _ in range(2))
+    layout = SharedPrompts(prompt_lengths, lengths, row_prompt)
+    out = layout.attend(0, query, key, value)
+    # The packed order: q_0 (3), q_1 (5), o_0 (2), o_1 (1), o_2 (4). What each token sees, written out by hand.
+    q_0, q_1 = [0, 1, 2], [3, 4, 5, 6, 7]
+    seen = [q_0[:1], q_0[:2], q_0, q_1[:1], q_1[:2], q_1[:3], q_1[:4], q_1,
+            q_1 + [8], q_1 + [8, 9], q_0 + [10], q_1 + [11], q_1 + [11, 12], q_1 + [11, 12, 13], q_1 + [11, 12, 13, 14]]
+    for t in range(T):
+        for h in range(heads):
+            scores = torch.stack([query[h, t] @ key[h // 2, s] for s in seen[t]]) / d ** 0.5
+            expected = sum(p * value[h // 2, s] for p, s in zip(scores.softmax(0), seen[t]))
+            torch.testing.assert_close(out[t, h], expected)
+    assert layout.predictors.tolist() == [7, 8, 2, 7, 11, 12, 13]  # the state before each completion token
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling.
 
@@ -212,6 +292,44 @@ def test_draws_follow_the_softmax_and_banned_tokens_never_come(qwen, tokenizer, 
     frequency = torch.bincount(ids[:, 0], minlength=len(p)) / G
     z = (frequency - p) / (p * (1 - p) / G).sqrt().clamp(min=1e-12)
     assert z[p > 1e-3].abs().max() < 4.5  # of a few hundred tokens; 4.5 sigma each
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2 ** -53])
+def test_the_ends_of_the_uniform_range_draw_no_impossible_token(qwen, tokenizer, ragged, u, monkeypatch):
+    # The first and the last tokens of the vocabulary are banned, where a cumulated probability is 0 or already 1.
+    V = len(tokenizer)
+    banned = torch.tensor([*range(10), *range(V - 10, V), *vision_token_ids(qwen, qwen.device).tolist()])
+    prompts = collate_prompts(ragged, tokenizer.pad_token_id, qwen.device)
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, u, dtype=dtype))
+    ids, _, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, [], banned)
+    assert not torch.isin(ids, banned).any() and logps.isfinite().all()
+
+
+def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ragged, monkeypatch):
+    def run():
+        before = COUNTS["decoded_tokens"]
+        return *sample(qwen, tokenizer, ragged, G=8, C=40, temperature=1.5)[1:], COUNTS["decoded_tokens"] - before
+
+    ids, lengths, logps, work = run()
+    monkeypatch.setattr(Decoder, "drop_finished_rows", lambda self: None)
+    all_ids, all_lengths, all_logps, all_work = run()
+    assert torch.equal(ids, all_ids) and torch.equal(lengths, all_lengths)
+    mask = completion_mask_from(lengths, ids.shape[1])
+    torch.testing.assert_close(logps[mask], all_logps[mask], rtol=0, atol=2e-5)
+    assert lengths.sum() - 32 <= work < 0.8 * all_work
+
+
+def test_a_decoder_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragged, monkeypatch):
+    # What a CUDA graph needs, without the graph: fixed shapes, prompts padded to 64 columns, nothing left of the last batch.
+    monkeypatch.setattr(Decoder, "capture", lambda self: self)
+    ends, banned, graphs = end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device), {}
+    for examples in (ragged[2:], ragged[:2], ragged[1:3]):
+        prompts = collate_prompts(examples, tokenizer.pad_token_id, qwen.device)
+        kept, fresh = (generate(qwen, prompts, 4, 24, 1.0, [3, 4], ends, banned, g) for g in (graphs, None))
+        mask = completion_mask_from(fresh[1], fresh[0].shape[1])
+        assert torch.equal(kept[1], fresh[1]) and torch.equal(kept[0], fresh[0])
+        torch.testing.assert_close(kept[2][mask], fresh[2][mask], rtol=0, atol=2e-5)
+    assert len(graphs) < 3, "no decoder was used twice"
 
 
 def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragged):

@@ -115,7 +115,8 @@ def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world)
     assert relative_difference(update(tmp_path / "two/final", base), update(tmp_path / "one/final", base)) < 1e-9
 
 
-@pytest.mark.parametrize("changes", [dict(micro_batch_size=3), dict(rollout_prompts=1), dict(gradient_checkpointing=True)])
+@pytest.mark.parametrize("changes", [dict(micro_batch_size=3), dict(rollout_prompts=1), dict(gradient_checkpointing=True),
+                                     dict(naive=True), dict(naive=True, micro_batch_size=5)])
 def test_micro_batches_do_not_change_the_update(one_process_run, tmp_path, changes):
     grpo_video.main(grpo_args(tmp_path, **COMMON, **changes))
     assert relative_difference(update(tmp_path / "final"), update(one_process_run / "final")) < 1e-9
@@ -132,6 +133,73 @@ def test_no_reward_signal_and_no_kl_means_no_gradient(tmp_path, world):
     grpo_video.main(grpo_args(tmp_path, max_completion_length=1))
     m, = metrics_of(tmp_path)
     assert m["flat_group_frac"] == 1 and m["grad_norm"] == 0 and m["truncated_frac"] == 1 and m["completion_length"] == 1
+    assert "entropy" not in m  # nothing was learned that it could be measured on
+
+
+def test_flat_groups_cost_no_learning_and_change_nothing(tmp_path, world):
+    # Three steps, with momentum: a group without signal that is left out must not leave out anything else.
+    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4)
+    for name, keep in (("skip", False), ("keep", True)):
+        grpo_video.main(grpo_args(tmp_path / name, **changes, learn_flat_groups=keep))
+    skip, keep = ([m for m in metrics_of(tmp_path / name)] for name in ("skip", "keep"))
+    assert sum(m["flat_group_frac"] for m in keep) > 0
+    for a, b in zip(skip, keep, strict=True):
+        for name in ("reward", "group_std", "flat_group_frac", "completion_length", "truncated_frac", "loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-12), name
+    assert relative_difference(update(tmp_path / "skip/final"), update(tmp_path / "keep/final")) < 1e-9
+    skip, keep = (report_of(tmp_path / name)["counts"] for name in ("skip", "keep"))
+    assert skip["learner_tokens"] < keep["learner_tokens"] and skip["decoded_tokens"] == keep["decoded_tokens"]
+
+
+def test_flat_groups_can_be_kept_for_their_kl(tmp_path, world):
+    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4, kl_coef=1.0)
+    for name, keep in (("skip", False), ("keep", True)):
+        grpo_video.main(grpo_args(tmp_path / name, **changes, learn_flat_groups=keep))
+    assert relative_difference(update(tmp_path / "skip/final"), update(tmp_path / "keep/final")) > 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Work: what a step puts through the models, counted; and what ranks say to each other while they sample.
+
+def report_of(output_dir):
+    return json.loads((Path(output_dir) / "report.json").read_text())
+
+
+@pytest.mark.parametrize("changes, passes", [(dict(), 1), (dict(num_updates=2), 3), (dict(kl_coef=0.1), 2),
+                                             (dict(num_updates=2, kl_coef=0.1), 4)])
+def test_the_report_counts_what_a_step_costs(tmp_path, world, tokenizer, changes, passes):
+    # One update and no KL is one pass: neither old nor reference log-probs. All prompts once a pass, whatever G is.
+    grpo_video.main(grpo_args(tmp_path, prompts_per_step=3, micro_batch_size=24, learn_flat_groups=True, **changes))
+    m, report = metrics_of(tmp_path)[0], report_of(tmp_path)
+    dataset = VideoDataset(load_samples("annotations/training_6k.jsonl", world), tokenizer, FRAMES, 0)
+    examples = [dataset[pair] for pair in step_batch(0, 3, len(dataset), 0)]
+    prompt_tokens = sum(len(e.prompt_ids) for e in examples)
+    patches = sum(len(x) for e in examples for x in (e.pixel_values_videos, e.pixel_values) if x is not None)
+    tokens = round(m["completion_length"] * 3 * 8)
+    counts = report["counts"]
+    assert counts["prefill_tokens"] == prompt_tokens
+    assert counts["vision_patches"] == (1 + passes) * patches
+    assert counts["learner_tokens"] == passes * (prompt_tokens + tokens)
+    assert counts["logits"] == passes * tokens * len(tokenizer)
+    assert counts["decoded_tokens"] >= tokens - 3 * 8  # the first token of a row comes from its prompt's pass
+    assert set(report["seconds"]) == {"data", "rollout", "score", "update", "other"} and report["peak_bytes"] > 1e8
+    assert report["tokens_per_s"]["rollout"] == pytest.approx(tokens / report["seconds"]["rollout"])
+
+
+def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whatever_its_length(world):
+    counts = json.loads(torchrun("tests/bench.py", 2, "--collectives").splitlines()[-1])["counts"]["ours"]
+    assert counts["of these in sampling"] == 0 < counts["sharded forward pass"]
+    assert counts["rollout of 32 tokens"] == counts["rollout of 64 tokens"] > 0
+
+
+def test_the_bench_runs(tmp_path):
+    command = [sys.executable, "tests/bench.py", "--only", "B3", "--rounds", "1", "--output", str(tmp_path / "bench.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    for row, C in zip(rows, (256, 64), strict=True):
+        naive, ours = row["counts"]["naive"], row["counts"]["ours"]
+        assert naive["text tokens"] == 8 * (900 + C) and ours["text tokens"] == 900 + 8 * C
+        assert naive["logits"] == ours["logits"] and naive["vision patches"] == ours["vision patches"] == 4 * 729
 
 
 # ----------------------------------------------------------------------------------------------------------------------

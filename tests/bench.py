@@ -1,0 +1,393 @@
+"""Seconds, bytes and exact counts of the two phases of a GRPO step, each beside the usual way of doing the same.
+
+    python tests/bench.py                          # on a CPU, a quarter of an hour; prints a table, writes docs/bench.json
+    python tests/bench.py --only B1 B3 --rounds 9
+    python tests/bench.py --trl ENV/bin/python     # B5 as well; ENV has trl and torchvision, and this project's packages
+    python tests/bench.py --shape 7B               # on a GPU: random weights in Qwen2-VL-7B's shapes, bf16 (never run)
+
+On a CPU the model is the toy world's base, one million weights, but prompts are as long as the paper's: P = 900 tokens, 729
+of them vision (16 frames and an image of 252 pixels), G = 8 completions. A model so small spends its time otherwise than a large one on a
+GPU does, so no ratio from here says anything about a GPU; the counts do. Both sides of a ratio have the same weights and the same token counts
+(the end token is off), and take turns: first one, then the other, in every round. Ratios are medians over rounds of the ratio within
+a round, with the smallest and the largest.
+
+What is compared: B1 sampling, B2 decoding against the memory's bandwidth (GPU), B3 learning, B4 memory of log-probs, B5 a
+whole step of TRL's, B6 collectives while sampling, B7 growth with frames, group size and completion length.
+"""
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.profiler import profile
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import toy  # noqa: E402
+from data import Example, patchify, rope_positions  # noqa: E402
+from grpo_video import generate  # noqa: E402
+from model import (COUNTS, Policy, collate_prompts, copy_weights, load_actor, load_policy, make_actor, setup, token_logps,  # noqa: E402
+                   vision_token_ids)
+
+P, G = 900, 8
+BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}  # bytes/s, data sheets
+SHAPES = {  # of Qwen/Qwen2-VL-*-Instruct's config.json
+    "2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie=True),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie=False)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and prompts.
+
+def load_qwen(shape: str, device: torch.device):
+    if shape == "toy":
+        return load_actor(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
+    s = dict(SHAPES[shape])
+    tie, hidden = s.pop("tie"), s["hidden_size"]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    config = Qwen2VLConfig(
+        text_config={**s, "num_hidden_layers": 28, "rope_parameters": rope, "tie_word_embeddings": tie, "use_sliding_window": False},
+        vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=hidden), tie_word_embeddings=tie)
+    with device:
+        return Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, image_size: int = 252):
+    """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), an image, text."""
+    config, examples = qwen.config, []
+    for seed in range(num_prompts):
+        g = torch.Generator().manual_seed(seed)
+        pieces, pixels = [], {}
+        for name, count, token in (("videos", frames, config.video_token_id), ("image", 1, config.image_token_id)):
+            if count:
+                pixels[name] = patchify(torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8).numpy())
+                run = torch.full((len(pixels[name][0]) // 4,), token)
+                pieces += [torch.tensor([config.vision_start_token_id]), run, torch.tensor([config.vision_end_token_id])]
+        pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
+        ids = torch.cat(pieces)
+        positions = rope_positions(ids, [grid for _, grid in pixels.values()], config.image_token_id, config.video_token_id)
+        example = Example(None, (), "", "", ids, positions, *pixels.get("videos", (None, None)), *pixels["image"])
+        examples.append(example)
+    return examples, collate_prompts(examples, 0, qwen.device)
+
+
+def random_rows(qwen, num_rows: int, C: int):
+    """Completions of C tokens each."""
+    ids = torch.randint(0, 300, (num_rows, C), generator=torch.Generator().manual_seed(0)).to(qwen.device)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring.
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def count(run, *models) -> dict[str, int]:
+    """What one call of `run` puts through the models, seen from outside: by hooks, and by COUNTS where no module is called."""
+    seen = {"vision patches": 0, "text tokens": 0, "logits": 0}
+
+    def add(name, size):
+        seen[name] += size
+
+    hooks = []
+    for qwen in models:
+        hooks += [qwen.model.visual.register_forward_pre_hook(
+                      lambda m, args, kwargs: add("vision patches", len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True),
+                  qwen.model.language_model.register_forward_pre_hook(
+                      lambda m, args, kwargs: add("text tokens", kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True),
+                  qwen.lm_head.register_forward_hook(lambda m, args, out: add("logits", out.numel()))]
+    before = COUNTS["logits"]
+    run()
+    for hook in hooks:
+        hook.remove()
+    seen["logits"] += COUNTS["logits"] - before
+    return seen
+
+
+def peak_bytes(run, device: torch.device) -> int | None:
+    """The most memory that `run` holds beyond what was held before. On a CPU: resident memory, Linux only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier runs have left in the allocator
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+    def status(name):
+        line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def take_turns(sides: dict, rounds: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each side, `rounds` times each after one warm-up, in turn."""
+    seconds = {name: [] for name in sides}
+    for i in tqdm(range(rounds + 1), desc=title, leave=False):
+        for name, run in sides.items():
+            start = clock()
+            run()
+            if i > 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def compare(id: str, what: str, sides: dict, rounds: int, aim: float | None, counts: dict) -> dict:
+    """One row of the table: the first side over the last."""
+    seconds = take_turns(sides, rounds, f"{id} {what}")
+    first, last = list(sides)[0], list(sides)[-1]
+    ratios = [a / b for a, b in zip(seconds[first], seconds[last])]
+    return {"id": id, "what": what, "unit": "s", "sides": seconds, "ratio": spread(ratios), "aim": aim, "counts": counts}
+
+
+def spread(values: list[float]) -> list[float]:
+    return [statistics.median(values), min(values), max(values)]
+
+
+def show(row: dict) -> None:
+    def number(values):
+        return f"{statistics.median(values):.3g} {row['unit']}"
+
+    text = f"{row['id']}  {row['what']:44} " + " | ".join(f"{name} {number(values)}" for name, values in row["sides"].items())
+    if row.get("ratio"):
+        median, low, high = row["ratio"]
+        text += f" | {median:.2f}x ({low:.2f} to {high:.2f})" + (f", aim {row['aim']}x" if row["aim"] else "")
+    print(text)
+    for side, counts in row["counts"].items():
+        print(f"      {side}: " + ", ".join(f"{value:,} {name}" if isinstance(value, int) else f"{value} {name}" for name, value in counts.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The comparisons. Each yields rows.
+
+def hf_generate(qwen, example, C: int):
+    """Hugging Face's sampling of one group: the vision tower runs once, but the prompt's tokens are prefilled G times."""
+    ids = example.prompt_ids.to(qwen.device)[None]
+    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=C, num_return_sequences=G,
+                              eos_token_id=None, pad_token_id=0, suppress_tokens=vision_token_ids(qwen, "cpu").tolist())
+    types = (ids == qwen.config.image_token_id).int() + 2 * (ids == qwen.config.video_token_id).int()
+    names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
+    pixels = {name: getattr(example, name).to(qwen.device) for name in names}
+    out = qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, generation_config=config, **pixels)
+    assert out.shape == (G, ids.shape[1] + C)
+
+
+def sampler(qwen, prompts, C: int, graphs=None):
+    banned = vision_token_ids(qwen, qwen.device)
+
+    def run():
+        ids, _, _ = generate(qwen, prompts, G, C, 1.0, list(range(len(prompts.ids))), [], banned, graphs)
+        assert ids.shape == (len(prompts.ids) * G, C)
+    return run
+
+
+def b1(qwen, args):
+    graphs = {} if args.cuda_graph else None
+    gpu = qwen.device.type == "cuda"
+    for num_prompts, C, aim in ((1, 64, 6 if gpu else 2.5), (1, 256, 6 if gpu else 1.8), (8, 64, 15 if gpu else None)):
+        examples, prompts = make_prompts(qwen, num_prompts)
+        sides = {"generate": lambda: [hf_generate(qwen, example, C) for example in examples], "ours": sampler(qwen, prompts, C, graphs)}
+        yield compare("B1", f"sampling, {num_prompts * G} rows x {C} tokens", sides, args.rounds, aim,
+                      {name: count(run, qwen) for name, run in sides.items()})
+
+
+def b2(qwen, args):
+    if qwen.device.type != "cuda":
+        return
+    graphs = {} if args.cuda_graph else None
+    for num_prompts in (1, 8):
+        _, prompts = make_prompts(qwen, num_prompts)
+        seconds = take_turns({C: sampler(qwen, prompts, C, graphs) for C in (1, 65)}, args.rounds, "B2")
+        steps = [(b - a) / 64 for a, b in zip(seconds[1], seconds[65])]
+        weights = sum(p.nbytes for p in (*qwen.model.language_model.layers.parameters(), qwen.lm_head.weight))
+        bandwidth = BANDWIDTH[torch.cuda.get_device_name()]
+        yield {"id": "B2", "what": f"one decode step over its floor, {num_prompts * G} rows", "unit": "s", "aim": 1.5,
+               "sides": {"step": steps, "floor": [weights / bandwidth]}, "ratio": spread([s * bandwidth / weights for s in steps]),
+               "counts": {"read": {"bytes of weights": weights}}}
+
+
+def learner(qwen, naive: bool, prompts, num_rows: int, C: int):
+    policy = Policy(qwen, qwen.dtype, naive)
+    ids, mask = random_rows(qwen, num_rows, C)
+    row_prompt = torch.arange(num_rows, device=qwen.device) // (num_rows // len(prompts.ids))
+
+    def run():
+        logps, _ = policy(prompts, row_prompt, ids, mask, 1.0, vision_token_ids(qwen, qwen.device))
+        logps.mean().backward()
+        policy.zero_grad()
+    return run
+
+
+def b3(qwen, args):
+    _, prompts = make_prompts(qwen)
+    qwen.requires_grad_(True)
+    for C, aim in ((256, 2.2 if qwen.device.type == "cuda" else 2.3), (64, None)):
+        sides = {"naive": learner(qwen, True, prompts, G, C), "ours": learner(qwen, False, prompts, G, C)}
+        counts = {name: {**count(run, qwen), "bytes at most": peak_bytes(run, qwen.device)} for name, run in sides.items()}
+        yield compare("B3", f"learning, forward and backward, {G} rows x {C}", sides, args.rounds, aim, counts)
+    qwen.requires_grad_(False)
+
+
+def b4(qwen, args):
+    V, C, D = 152064, 8 * 512, 128
+    hidden = torch.randn(C, D, device=qwen.device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(V, D, device=qwen.device, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(0, V, (C,), device=qwen.device)
+
+    def full():
+        logits = F.linear(hidden, weight).float()
+        logps = logits.log_softmax(-1)
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+        (logps.gather(1, targets[:, None]).sum() + entropy.sum()).backward()
+
+    def ours():
+        logps, entropy = token_logps(hidden, weight, targets)
+        (logps.sum() + entropy.sum()).backward()
+
+    peaks = {}
+    for name, run in (("full", full), ("ours", ours)):
+        for _ in range(2):  # the first one pays for buffers that stay
+            hidden.grad = weight.grad = None
+            peaks[name] = peak_bytes(run, qwen.device)
+    if None not in peaks.values():
+        yield {"id": "B4", "what": "peak of log-probs and entropy, V 152,064, 8 x 512", "unit": "bytes", "aim": 8,
+               "sides": {name: [peak] for name, peak in peaks.items()}, "ratio": spread([peaks["full"] / peaks["ours"]]), "counts": {}}
+
+
+def b5(qwen, args):
+    if args.trl:
+        command = [args.trl, str(Path(__file__).with_name("bench_trl.py")), str(args.rounds)]
+        yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def b6(qwen, args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "--collectives"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    yield json.loads(out.splitlines()[-1])
+
+
+def collectives() -> None:
+    """On two ranks: how many collectives a rollout takes, whatever its length, and one forward pass of the sharded policy."""
+    rank, _, device = setup()
+    policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False), device)
+    actor = make_actor(policy, device)
+    _, prompts = make_prompts(actor, frames=2, length=200)
+
+    def rollout(C):
+        copy_weights(policy, actor)
+        sampler(actor, prompts, C)()
+
+    def collectives_in(run):
+        with profile() as profiled:
+            run()
+        return sum(event.count for event in profiled.key_averages() if event.key.startswith(("gloo:", "nccl:")))
+
+    ids, mask = random_rows(actor, G, 4)
+    counts = {"rollout of 32 tokens": collectives_in(lambda: rollout(32)), "rollout of 64 tokens": collectives_in(lambda: rollout(64)),
+              "of these in sampling": collectives_in(sampler(actor, prompts, 32)),
+              "sharded forward pass": collectives_in(lambda: policy(prompts, torch.zeros(G, dtype=torch.int64), ids, mask))}
+    if rank == 0:
+        print(json.dumps({"id": "B6", "what": "collectives on 2 ranks", "unit": "", "sides": {}, "ratio": None, "aim": None,
+                          "counts": {"ours": counts}}))
+    torch.distributed.destroy_process_group()
+
+
+def b7(qwen, args):
+    base, first = dict(frames=16, rows=8, C=128), {}  # first: seconds and GFLOP of the row that the others are compared with
+    for change in ({}, dict(frames=8), dict(frames=32), dict(rows=4), dict(rows=16), dict(C=512)):
+        c = {**base, **change}
+        # 171 tokens are not the video's; two frames are 81 tokens.
+        _, prompts = make_prompts(qwen, frames=c["frames"], length=P - 648 + c["frames"] // 2 * 81)
+        sample = partial_group(qwen, prompts, c["rows"], c["C"])
+        qwen.requires_grad_(True)
+        learn = learner(qwen, False, prompts, c["rows"], c["C"])
+        sides, counts = {"sampling": sample, "learning": learn}, {}
+        seconds = take_turns(sides, args.rounds, "B7")
+        for name, run in sides.items():
+            now = statistics.median(seconds[name]), gflop(qwen, name, prompts, c["rows"], c["C"])
+            growth, predicted = (a / b for a, b in zip(now, first.setdefault(name, now)))
+            counts[name] = {**count(run, qwen), "GFLOP by arithmetic": round(now[1], 1), "bytes at most": peak_bytes(run, qwen.device),
+                            "times the first row's seconds": round(growth, 2), "times its GFLOP": round(predicted, 2)}
+        qwen.requires_grad_(False)
+        yield {"id": "B7", "what": f"{c['frames']} frames, G {c['rows']}, C {c['C']}", "unit": "s", "sides": seconds, "ratio": None,
+               "aim": None, "counts": counts}
+
+
+def partial_group(qwen, prompts, rows: int, C: int):
+    def run():
+        generate(qwen, prompts, rows, C, 1.0, [0], [], vision_token_ids(qwen, qwen.device))
+    return run
+
+
+def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
+    """Matrix products of a phase: 2 per weight and token, and 4 H d per pair of tokens that attention looks at; learning 3 times that."""
+    text, vision = qwen.config.text_config, qwen.config.vision_config
+    tokens, S = prompts.ids.shape[1], len(prompts.pixel_values)
+    weights = sum(p.numel() for p in qwen.model.language_model.layers.parameters())
+    pairs = tokens * tokens / 2 + rows * C * (tokens + C / 2)
+    flop = 2 * weights * (tokens + rows * C) + 4 * text.hidden_size * text.num_hidden_layers * pairs
+    flop += 2 * rows * C * text.hidden_size * text.vocab_size
+    flop += 2 * S * sum(p.numel() for p in qwen.model.visual.parameters())
+    flop += 4 * vision.embed_dim * vision.depth * sum(t * (h * w) ** 2 for t, h, w in prompts.grid_thw.tolist())
+    return flop * (3 if phase == "learning" else 1) / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+def machine() -> dict:
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), model)
+    return {"cpu": model, "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def main() -> None:
+    benches = {"B1": b1, "B2": b2, "B3": b3, "B4": b4, "B5": b5, "B6": b6, "B7": b7}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=benches, default=list(benches))
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side runs, 5 or more for numbers to quote")
+    parser.add_argument("--shape", choices=("toy", *SHAPES), default="toy", help="2B and 7B: on a GPU")
+    parser.add_argument("--cuda_graph", action="store_true", help="decode by CUDA graph; never run so far")
+    parser.add_argument("--trl", help="the python of an environment with trl and torchvision, for B5")
+    parser.add_argument("--output", default="docs/bench.json")
+    parser.add_argument("--collectives", action="store_true", help=argparse.SUPPRESS)  # one rank of B6
+    args = parser.parse_args()
+    if args.collectives:
+        return collectives()
+    _, _, device = setup()
+    qwen = load_qwen(args.shape, device)
+    rows = []
+    print(" ".join(f"{name} {value}," for name, value in machine().items()))
+    for name in args.only:
+        for row in benches[name](qwen, args):
+            rows.append(row)
+            show(row)
+    Path(args.output).write_text(json.dumps({"machine": machine(), "shape": args.shape, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
