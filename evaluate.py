@@ -155,7 +155,7 @@ def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, 
     for examples in loader:
         readable, completions = [example for example in examples if not example.error], iter(())
         if readable:
-            prompts = collate_prompts(readable, tokenizer.pad_token_id, actor.device)
+            prompts = collate_prompts(readable, actor.device)
             completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, 0.0, None, end_ids, banned_ids)
             completions = zip(completion_ids, lengths.tolist())
         for example in examples:

@@ -27,9 +27,23 @@ Where this departs from the published SEED-Bench-R1 run, and why:
     4. Distractors, option order and sampling noise are functions of (seed, step or epoch, sample): no global random state,
        so the number of ranks changes nothing, and a step number is enough to resume.
     5. The denominators of the loss are those of the whole step: ranks and micro-batches only split a sum.
-    6. An unreadable video gets weight 0 and is counted. The release trains its question on another video.
+    6. An unreadable video is left out and counted. The release trains its question on another video.
     7. KL is not computed, and no reference is loaded, when --kl_coef is 0.
     8. Vision tokens are banned from completions, in sampling and in log-probs alike: they stand for pixels that are not there.
+    9. Groups of equal rewards are not learned: they have no advantage. With KL on, their pull towards the reference is lost;
+       --learn_flat_groups keeps it, as published.
+
+What makes a step cheap, in counts for one group: P = 900 tokens of which 729 are vision, G = 8, C = 256, shapes of 7B:
+    a. Prefill once per group and not once per row: 900 tokens through the text model, not 7,200 (`Decoder.start`).
+    b. The prompt's keys and values once per group: 52 MB to keep and to read for each token, not 413 MB (`Decoder.attend`).
+    c. The groups of a rank decoded together: the 14 GB of weights are read once for 64 tokens, not for 8 (`generate`).
+    d. Caches of full size that never move, randomness drawn ahead, no wait for a value: a token's kernels can be queued ahead
+       or replayed as one CUDA graph. Rows that have ended leave the batch (`Decoder.drop_finished_rows`).
+    e. Learning on one sequence per group, prompt once and no padding: 2,948 tokens, not 9,248 (`SharedPrompts` in model.py).
+    f. Logits for completion tokens only and 512 at a time: 0.3 GB, not 5.6 GB for every token of every row (`token_logps`).
+    g. No pass whose result is known: old log-probs with one update, the reference at beta 0, groups without advantage.
+    h. Clips decoded and cut into patches by worker processes, two steps ahead; decoded frames cached as uint8 (data.py).
+tests/bench.py measures each against the usual way; the README has its table.
 
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean, clip
 higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.20783. k3: Schulman, "Approximating KL".
@@ -193,7 +207,7 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
         of the row; lengths (N,) int64, the first end token included; logps (N, C) at least float32, of the drawn tokens under
         the temperature and the ban (temperature 0: under temperature 1), meaningless past a row's length.
     """
-    (B, P), device = prompts.ids.shape, prompts.ids.device
+    B, P, device = len(prompts.lengths), int(prompts.lengths.max()), prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
     settings = dict(G=group_size, C=max_new_tokens, temperature=temperature, ends=ends, banned_ids=banned_ids)
     if graphs is None:
@@ -201,18 +215,19 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
     else:
         P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts
         decoder = graphs.get((B, P)) or graphs.setdefault((B, P), Decoder(actor, B, P, **settings).capture())
-    uniforms = None
     if temperature > 0:
         # All randomness of the rollout, drawn at once and on the CPU: the same numbers on every device.
-        uniforms = torch.cat([torch.rand(group_size, max_new_tokens, dtype=torch.float64,
-                                         generator=torch.Generator().manual_seed(seed)) for seed in seeds])  # (N, C)
-    decoder.start(prompts, uniforms)
+        uniforms = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                    for seed in seeds]
+        decoder.uniforms.copy_(torch.cat(uniforms))  # (N, C)
+    decoder.start(prompts)
     for k in range(1, max_new_tokens):
         # Looking at `done` is a CPU-GPU sync: on a GPU, look every 16 tokens.
         if device.type == "cpu" or k % 16 == 0:
-            if decoder.done.all():
+            finished_frac = int(decoder.done.sum()) / len(decoder.rows)
+            if finished_frac == 1:
                 break
-            if graphs is None:
+            if finished_frac >= 0.25 and graphs is None:  # fewer are not worth the copying
                 decoder.drop_finished_rows()
         decoder.step() if decoder.graph is None else decoder.graph.replay()
         COUNTS["decoded_tokens"] += len(decoder.rows)
@@ -220,18 +235,18 @@ def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temp
     completion_ids, logps = decoder.ids[:, :C].clone(), decoder.logps[:, :C].clone()
     is_end = torch.isin(completion_ids, ends)
     lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, C)
-    # Rows that had left, and rows that stayed though they were finished, repeat their end token.
+    # Behind its first end token a row holds nothing, or what was drawn while others were not finished.
     past_end = torch.arange(C, device=device) >= lengths[:, None]
     completion_ids = torch.where(past_end, completion_ids.gather(1, lengths[:, None] - 1), completion_ids)
     return completion_ids, lengths, logps
 
 
 class Decoder:
-    """Decodes N = B * G rows together, a token a `step`, as much of them as possible at the price of one.
+    """Decodes N = B * G rows together, one token a `step`.
 
-    Keys and values of a prompt are kept once and read once for its G rows, those of completions row by row, in tensors
-    of full size from the start: a cache that grows is copied at each token. All state changes in place and no
-    decision waits for a value, so that on a GPU one captured graph of `step` serves all tokens, rollouts and updates.
+    A prompt's keys and values are kept once and read once for its G rows; those of completions are kept row by row, in
+    tensors of full size from the start (a cache that grows is copied at each token). All state changes in place, and no
+    step waits for a value: on a GPU, one captured graph of `step` serves all tokens, rollouts and updates.
     """
 
     def __init__(self, actor, B: int, P: int, G: int, C: int, temperature: float, ends: Tensor, banned_ids: Tensor):
@@ -239,33 +254,30 @@ class Decoder:
         self.B, self.G, N, device = B, G, B * G, ends.device
         config = actor.config.text_config
         heads, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        layers = range(config.num_hidden_layers)
-        cache = dict(dtype=actor.dtype, device=device)
         # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
-        self.prompt_keys, self.prompt_values = ([torch.zeros(B, heads, P, d, **cache) for _ in layers] for _ in range(2))
-        self.own_keys, self.own_values = ([torch.zeros(B, heads, G, C, d, **cache) for _ in layers] for _ in range(2))
+        zeros = partial(torch.zeros, dtype=actor.dtype, device=device)
+        self.prompt_keys, self.prompt_values = ([zeros(B, heads, P, d) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        self.own_keys, self.own_values = ([zeros(N, heads, C, d) for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.prompt_mask = torch.zeros(B, P, dtype=torch.bool, device=device)
         self.columns = torch.arange(C, device=device)
         self.k = torch.zeros(1, dtype=torch.int64, device=device)  # the newest token's column
         self.ids = torch.zeros(N, C, dtype=torch.int64, device=device)
         self.logps = torch.zeros(N, C, dtype=torch.promote_types(actor.dtype, torch.float32), device=device)
         self.uniforms = torch.zeros(N, C, dtype=torch.float64, device=device)
-        self.rows = torch.arange(N, device=device)  # which of the N rows those still decoded are
+        # Of the rows that are still decoded: which of the N they are, their newest token, whether it has ended them.
+        self.rows = torch.arange(N, device=device)
         self.token = torch.zeros(N, dtype=torch.int64, device=device)
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        self.first_position = torch.zeros(N, dtype=torch.int64, device=device)  # of each row's first token
+        self.first_position = torch.zeros(N, dtype=torch.int64, device=device)
 
-    def start(self, prompts: Prompts, uniforms: Tensor | None) -> None:
+    def start(self, prompts: Prompts) -> None:
         """Encodes the prompts, B rows and not N (729 of 900 tokens are vision), and draws each row's first token."""
-        rows = Ragged(prompts.mask.sum(1))
-        COUNTS["prefill_tokens"] += len(rows.slots)
-        self.prompt_mask[:, :rows.mask.shape[1]] = rows.mask
-        self.prompt_mask[:, rows.mask.shape[1]:] = False
+        rows = Ragged(prompts.lengths)
+        COUNTS["prefill_tokens"] += len(prompts.ids)
+        self.prompt_mask.copy_(completion_mask_from(prompts.lengths, self.prompt_mask.shape[1]))
         self.first_position.copy_(prompts.next_position.repeat_interleave(self.G))
         self.k.zero_()
         self.done.zero_()
-        if uniforms is not None:
-            self.uniforms.copy_(uniforms)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             out, key, value = attend_causally(rows, query, key, value)
@@ -273,13 +285,13 @@ class Decoder:
             self.prompt_values[layer][:, :, :key.shape[2]] = value
             return out
 
-        hidden = text_states(self.actor, embed_prompts(self.actor, prompts), prompts.position_ids[:, prompts.mask], attend)
+        hidden = text_states(self.actor, embed_prompts(self.actor, prompts), prompts.position_ids, attend)
         self.draw(hidden[rows.ends - 1].repeat_interleave(self.G, dim=0))
 
     def step(self) -> None:
         """Feeds each row's newest token and draws the next one."""
         seen = torch.cat([self.prompt_mask, (self.columns <= self.k).expand(self.B, -1)], dim=1)  # (B, P + C) bool
-        bias = torch.zeros_like(seen, dtype=self.logps.dtype).masked_fill(~seen, -torch.inf)[:, None, None, None]
+        bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P + C) float32
         position_ids = (self.first_position + self.k).expand(3, -1)
         hidden = text_states(self.actor, self.actor.get_input_embeddings()(self.token), position_ids,
                              partial(self.attend, bias=bias))
@@ -288,17 +300,23 @@ class Decoder:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Each row's new token sees its prompt and its own completion: (H, N, d), (H_kv, N, d) twice -> (N, H, d)."""
-        heads, d, P = len(key), key.shape[-1], self.prompt_mask.shape[1]
-        own_keys, own_values = self.own_keys[layer], self.own_values[layer]  # (B, H_kv, G, C, d)
-        own_keys.index_copy_(3, self.k, key.view(heads, self.B, self.G, 1, d).transpose(0, 1))
-        own_values.index_copy_(3, self.k, value.view(heads, self.B, self.G, 1, d).transpose(0, 1))
-        query = query.view(heads, -1, self.B, self.G, d).permute(2, 0, 3, 1, 4) / math.sqrt(d)  # (B, H_kv, G, H / H_kv, d)
-        # To a prompt's keys its G rows are G queries of one matrix product: the keys are read once, not G times.
-        scores = torch.cat([(query.flatten(2, 3) @ self.prompt_keys[layer].mT).view(*query.shape[:-1], P),
-                            query @ own_keys.mT], dim=-1) + bias  # (B, H_kv, G, H / H_kv, P + C)
-        weights = scores.softmax(-1).to(query.dtype)
-        out = (weights[..., :P].flatten(2, 3) @ self.prompt_values[layer]).view(query.shape) + weights[..., P:] @ own_values
-        return out.permute(0, 2, 1, 3, 4).reshape(self.B * self.G, -1, d)
+        (heads, N, d), P = key.shape, self.prompt_mask.shape[1]
+        self.own_keys[layer].index_copy_(2, self.k, key.transpose(0, 1)[:, :, None])  # (N, H_kv, C, d)
+        self.own_values[layer].index_copy_(2, self.k, value.transpose(0, 1)[:, :, None])
+
+        def by_prompt(x: Tensor) -> Tensor:  # (N, H_kv, H / H_kv, ...) -> (B, H_kv, G * H / H_kv, ...)
+            return x.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
+
+        def by_row(x: Tensor) -> Tensor:  # and back
+            return x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+
+        query = query.view(heads, -1, N, d).permute(2, 0, 1, 3) / math.sqrt(d)  # (N, H_kv, H / H_kv, d)
+        # To its prompt's keys the G rows of a group are so many queries of one matrix product: the keys are read once, not G
+        # times. (In bf16, scores are rounded as in Hugging Face's eager attention; actor_gap shows what that comes to.)
+        scores = torch.cat([by_prompt(query) @ self.prompt_keys[layer].mT, by_prompt(query @ self.own_keys[layer].mT)], dim=-1)
+        weights = (scores + bias).softmax(-1).to(query.dtype)  # (B, H_kv, G * H / H_kv, P + C)
+        out = by_row(weights[..., :P] @ self.prompt_values[layer]) + by_row(weights[..., P:]) @ self.own_values[layer]
+        return out.flatten(1, 2)
 
     def draw(self, hidden: Tensor) -> None:
         """Draws token k of every row from its last state, (N, D)."""
@@ -309,7 +327,7 @@ class Decoder:
             # The first token at which the cumulated probability reaches u, uniform in (0, 1]: never one of probability 0,
             # and without torch.multinomial's CPU-GPU sync. float64, or tokens below 1e-7 would be drawn too seldom.
             cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
-            u = 1 - self.uniforms[self.rows].index_select(1, self.k)  # (N, 1)
+            u = 1 - self.uniforms.index_select(1, self.k)[self.rows]  # (N, 1)
             token = torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
         else:
             token = log_probs.argmax(-1)
@@ -319,20 +337,20 @@ class Decoder:
         self.done |= torch.isin(token, self.ends)
 
     def drop_finished_rows(self) -> None:
-        """Takes finished rows out of the batch when that makes it at least a quarter smaller. CPU-GPU sync."""
+        """Takes finished groups and finished rows out of the batch. CPU-GPU sync.
+
+        Groups stay equally large, as large as the one with the most unfinished rows: in the others, finished ones fill up.
+        """
         alive = ~self.done.view(self.B, self.G)
-        prompts = alive.any(dim=1).nonzero()[:, 0]
-        G = int(alive.sum(dim=1).max())  # groups stay equally large: a few finished rows stay with the others
-        if len(prompts) * G > 0.75 * alive.numel():
+        prompts, G = alive.any(dim=1).nonzero()[:, 0], int(alive.sum(dim=1).max())
+        if len(prompts) * G == len(self.rows):
             return
-        order = alive[prompts].int().argsort(dim=1, descending=True)[:, :G]  # (B, G), the unfinished ones first
-        for layer in range(len(self.own_keys)):
-            self.prompt_keys[layer], self.prompt_values[layer] = self.prompt_keys[layer][prompts], self.prompt_values[layer][prompts]
-            index = order[:, None, :, None, None].expand(-1, *self.own_keys[layer].shape[1:2], -1, *self.own_keys[layer].shape[3:])
-            self.own_keys[layer] = self.own_keys[layer][prompts].gather(2, index)
-            self.own_values[layer] = self.own_values[layer][prompts].gather(2, index)
+        order = alive[prompts].int().argsort(dim=1, descending=True)[:, :G]
         keep = (prompts[:, None] * self.G + order).flatten()
-        self.rows, self.token, self.done, self.first_position = (x[keep] for x in (self.rows, self.token, self.done, self.first_position))
+        self.rows, self.token, self.done, self.first_position = (
+            x[keep] for x in (self.rows, self.token, self.done, self.first_position))
+        self.own_keys, self.own_values = ([x[keep] for x in cache] for cache in (self.own_keys, self.own_values))
+        self.prompt_keys, self.prompt_values = ([x[prompts] for x in cache] for cache in (self.prompt_keys, self.prompt_values))
         self.prompt_mask, self.B, self.G = self.prompt_mask[prompts], len(prompts), G
 
     def capture(self) -> "Decoder":
@@ -364,8 +382,8 @@ class Rollout:
     logps: Tensor  # (N, C) float32, as the actor saw them
 
 
-def sample_groups(actor, examples: list[Example], step: int, args: Args, pad_id: int, end_ids: list[int],
-                  banned_ids: Tensor, graphs: dict | None) -> Rollout:
+def sample_groups(actor, examples: list[Example], step: int, args: Args, end_ids: list[int], banned_ids: Tensor,
+                  graphs: dict | None) -> Rollout:
     """Samples G completions for each example, `rollout_prompts` prompts at a time."""
     device = actor.device
     no_ids, no_logps = torch.zeros(0, 0, dtype=torch.int64, device=device), torch.zeros(0, 0, device=device)
@@ -373,10 +391,10 @@ def sample_groups(actor, examples: list[Example], step: int, args: Args, pad_id:
     for chunk in (examples[i:i + args.rollout_prompts] for i in range(0, len(examples), args.rollout_prompts)):
         # Seeded by the sample, not by its place: the same completions on any rank and in any batch.
         seeds = [random.Random(f"{args.seed}/{step}/{example.sample.sample_id}").getrandbits(63) for example in chunk]
-        parts.append(generate(actor, collate_prompts(chunk, pad_id, device), args.group_size, args.max_completion_length,
+        parts.append(generate(actor, collate_prompts(chunk, device), args.group_size, args.max_completion_length,
                               args.temperature, seeds, end_ids, banned_ids, graphs))
     C = max(ids.shape[1] for ids, _, _ in parts)
-    completion_ids = torch.cat([F.pad(ids, (0, C - ids.shape[1]), value=pad_id) for ids, _, _ in parts])
+    completion_ids = torch.cat([F.pad(ids, (0, C - ids.shape[1])) for ids, _, _ in parts])
     logps = torch.cat([F.pad(logps, (0, C - logps.shape[1])) for _, _, logps in parts])
     lengths = torch.cat([lengths for _, lengths, _ in parts])
     return Rollout(examples, completion_ids, lengths, completion_mask_from(lengths, C), logps)
@@ -400,20 +418,20 @@ def format_reward(completion: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning: log-probs of a rollout's rows, a micro-batch at a time.
 
-def rows_logps(model, rollout: Rollout, rows: Tensor, args: Args, pad_id: int, banned_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rows_logps(model, rollout: Rollout, rows: Tensor, args: Args, banned_ids: Tensor) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_<t) and entropy, both (len(rows), C), of some rows (int64 indices) of a rollout. Collective."""
     groups, row_prompt = (rows // args.group_size).unique(return_inverse=True)  # the prompts these rows continue, each once
-    prompts = collate_prompts([rollout.examples[b] for b in groups.tolist()], pad_id, rows.device)
+    prompts = collate_prompts([rollout.examples[b] for b in groups.tolist()], rows.device)
     return model(prompts, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows], args.temperature, banned_ids)
 
 
 @torch.no_grad()
-def score(model, rollout: Rollout, batches: list[Tensor], num_blanks: int, blank: tuple, args: Args, pad_id: int,
+def score(model, rollout: Rollout, batches: list[Tensor], num_blanks: int, blank: tuple, args: Args,
           banned_ids: Tensor) -> Tensor:
     """Log-probs (N, C) of the rows in `batches`, without gradient: for pi_old and pi_ref; 0 elsewhere. Collective."""
     logps = torch.zeros_like(rollout.logps)
     for rows in batches:
-        logps[rows] = rows_logps(model, rollout, rows, args, pad_id, banned_ids)[0]
+        logps[rows] = rows_logps(model, rollout, rows, args, banned_ids)[0]
     for _ in range(num_blanks):
         model(*blank)
     return logps
@@ -445,6 +463,8 @@ def main(args: Args) -> Path:
     args = resolve_toy(args)
     if args.prompts_per_step % world_size:
         raise ValueError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of the {world_size} ranks")
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError("--cuda_graph needs a GPU, and there is none here; leave it out")
 
     # 2 data
     samples = load_samples(args.train_file, args.data_root)[:args.max_samples or None]
@@ -459,7 +479,7 @@ def main(args: Args) -> Path:
     policy = load_policy(args, device, naive=args.naive)
     reference = load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     actor = make_actor(policy, device)
-    pad_id, end_ids, banned_ids = tokenizer.pad_token_id, end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
+    end_ids, banned_ids = end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
     blank = blank_batch(tokenizer, actor.config, device)
     graphs = {} if args.cuda_graph else None
 
@@ -488,7 +508,7 @@ def main(args: Args) -> Path:
             if example.error:
                 tqdm.write(f"step {step}: sample {example.sample.sample_id} left out: {example.error}")
         readable = [example for example in examples if not example.error]
-        rollout = sample_groups(actor, readable, step, args, pad_id, end_ids, banned_ids, graphs)
+        rollout = sample_groups(actor, readable, step, args, end_ids, banned_ids, graphs)
         seconds["rollout_s"] = clock() - start - sum(seconds.values())
 
         # 6b rewards and advantages
@@ -531,7 +551,7 @@ def main(args: Args) -> Path:
         batches = learned_rows.nonzero()[:, 0].split(args.micro_batch_size) if learned_rows.any() else ()
         # At least one: a step without any signal is a step with a gradient of 0, in which Adam's momentum still moves weights.
         num_blanks = max(1, max_over_ranks(len(batches), device)) - len(batches)
-        passes = (rollout, batches, num_blanks, blank, args, pad_id, banned_ids)
+        passes = (rollout, batches, num_blanks, blank, args, banned_ids)
         ref_logps = score(reference, *passes) if reference is not None else None
         old_logps = score(policy, *passes) if args.num_updates > 1 else None
         seconds["score_s"] = clock() - start - sum(seconds.values())
@@ -545,7 +565,7 @@ def main(args: Args) -> Path:
                 group["lr"] = lr
             for rows in batches:
                 mask = rollout.completion_mask[rows]
-                logps, entropy = rows_logps(policy, rollout, rows, args, pad_id, banned_ids)
+                logps, entropy = rows_logps(policy, rollout, rows, args, banned_ids)
                 # With one update the policy still is the one that sampled: its own value is pi_old.
                 old = logps.detach() if old_logps is None else old_logps[rows]
                 token_loss, kl, clipped = grpo_token_loss(logps, old, None if ref_logps is None else ref_logps[rows],

@@ -1,7 +1,8 @@
 """Qwen2-VL under plain torch: everything that the training and evaluation scripts share.
 
-From top to bottom: processes, loading and sharding, a batch of prompts on the device, the policy (prompt + completion ->
-log-probs), the actor (the plain copy that samples), and what is written to disk. No algorithm lives here: group sampling,
+From top to bottom: processes, loading and sharding, a batch of prompts on the device, attention in which rows share their
+prompt, the policy (prompt + completion -> log-probs), the actor (the plain copy that samples), and what is written to disk.
+No algorithm lives here: group sampling,
 rewards, advantages and losses are in grpo_video.py, cross-entropy is in sft_video.py.
 
 Two copies of the weights, on purpose:
@@ -9,12 +10,13 @@ Two copies of the weights, on purpose:
     policy   float32 masters, sharded by FSDP2, computes in bf16 on a GPU (float32 on a CPU). It learns.
     actor    a plain Hugging Face module in the compute dtype, one whole copy per rank. It only samples.
 
-A sharded model must not sample token by token: each token would all-gather every layer (about 38 ms a token for 7B on an H200, by arithmetic), and ranks
-whose completions differ in length would wait for each other forever. The actor touches no collective; refreshing it once a
-step costs one all-gather per parameter and 2 bytes of memory per weight. Another inference engine would be put in here.
+A sharded model must not sample token by token: each token would all-gather every layer (about 38 ms a token for 7B on an
+H200, by arithmetic), and ranks whose completions differ in length would wait for each other forever. The actor touches no
+collective; refreshing it once a step costs one all-gather per parameter and 2 bytes of memory per weight. Another inference
+engine would be put in here.
 
-Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, T = P + C, V vocabulary, S vision patches,
-D hidden size, M completion tokens of all rows, without padding.
+Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, V vocabulary, S vision patches, D hidden size,
+H heads of size d (keys and values: H_kv). Packed, that is without padding: M tokens of all completions, T tokens in all.
 """
 import dataclasses
 import itertools
@@ -39,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgumentParser, Qwen2VLForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -244,35 +247,27 @@ def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = 
 
 @dataclass
 class Prompts:
-    """B prompts, padded on the LEFT, so that every completion starts at column P whatever its prompt's length."""
-    ids: Tensor  # (B, P) int64
-    mask: Tensor  # (B, P) bool, True where there is a token
-    position_ids: Tensor  # (3, B, P) int64: time, height, width of M-RoPE
+    """B prompts, one after the other, without padding."""
+    ids: Tensor  # (tokens of all prompts,) int64
+    lengths: Tensor  # (B,) int64
+    position_ids: Tensor  # (3, tokens) int64: time, height, width of M-RoPE
     next_position: Tensor  # (B,) int64: the position of the first completion token, on all three axes
     pixel_values: Tensor  # (S, 1176) float32: the patches of all prompts, in the order of their tokens
     grid_thw: Tensor  # (videos and images, 3) int64: patches in time, height and width
 
 
-def collate_prompts(examples: list[Example], pad_id: int, device: torch.device) -> Prompts:
-    """Left-pads prompts and concatenates their patches (a prompt's video before its image, as in its text)."""
-    B, P = len(examples), max(len(e.prompt_ids) for e in examples)
-    ids = torch.full((B, P), pad_id, dtype=torch.int64)
-    mask = torch.zeros(B, P, dtype=torch.bool)
-    position_ids = torch.zeros(3, B, P, dtype=torch.int64)
-    pixel_values, grid_thw = [], []
-    for b, example in enumerate(examples):
-        start = P - len(example.prompt_ids)
-        ids[b, start:] = example.prompt_ids
-        mask[b, start:] = True
-        position_ids[:, b, start:] = example.position_ids
-        for pixels, grid in ((example.pixel_values_videos, example.video_grid_thw),
-                             (example.pixel_values, example.image_grid_thw)):
-            if pixels is not None:
-                pixel_values.append(pixels)
-                grid_thw.append(grid)
-    # Not P: a video of 648 tokens advances the positions by 9 only (its largest grid side after the 2x2 merge).
-    next_position = position_ids.amax((0, 2)) + 1
-    batch = Prompts(ids, mask, position_ids, next_position, torch.cat(pixel_values), torch.cat(grid_thw))
+def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
+    """Concatenates prompts and their patches (a prompt's video before its image, as in its text)."""
+    pixels = [(values, grid) for e in examples
+              for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw)) if values is not None]
+    batch = Prompts(
+        ids=torch.cat([e.prompt_ids for e in examples]),
+        lengths=torch.tensor([len(e.prompt_ids) for e in examples]),
+        position_ids=torch.cat([e.position_ids for e in examples], dim=1),
+        # Not the length: a video of 648 tokens advances the positions by 9 only (its largest grid side after the 2x2 merge).
+        next_position=torch.stack([e.position_ids.max() + 1 for e in examples]),
+        pixel_values=torch.cat([values for values, _ in pixels]),
+        grid_thw=torch.cat([grid for _, grid in pixels]))
     return Prompts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
@@ -287,18 +282,17 @@ def blank_batch(tokenizer, config, device: torch.device) -> tuple[Prompts, Tenso
     example = Example(None, (), "", "-", prompt_ids=ids, pixel_values=pixels, image_grid_thw=grid,
                       position_ids=rope_positions(ids, [grid], config.image_token_id, config.video_token_id))
     end = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_end|>")]], device=device)
-    prompts = collate_prompts([example], tokenizer.pad_token_id, device)
+    prompts = collate_prompts([example], device)
     return prompts, torch.zeros(1, dtype=torch.int64, device=device), end, torch.ones_like(end, dtype=torch.bool)
 
 
 def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
     """Token embeddings with the vision tower's outputs in the places of the vision tokens: (tokens of all prompts, D)."""
     COUNTS["vision_patches"] += len(prompts.pixel_values)
-    ids = prompts.ids[prompts.mask]  # one prompt after the other, without padding
     # One pass for videos and images alike: to the tower an image is a video of one temporal patch.
     vision = qwen.model.visual(prompts.pixel_values, grid_thw=prompts.grid_thw).pooler_output  # (S / 4, D)
-    is_vision = (ids == qwen.config.image_token_id) | (ids == qwen.config.video_token_id)
-    embeds = qwen.get_input_embeddings()(ids)
+    is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
+    embeds = qwen.get_input_embeddings()(prompts.ids)
     return embeds.masked_scatter(is_vision[:, None], vision.to(embeds.dtype))
 
 
@@ -476,33 +470,32 @@ class Policy(nn.Module):
 
     def shared_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
         """The states (M, D) that predict the completions' tokens, from one sequence with each prompt in it once."""
-        layout = SharedPrompts(prompts.mask.sum(1), completion_mask.sum(1), row_prompt)
-        embeds = torch.cat([embed_prompts(self.qwen, prompts),
-                            self.qwen.get_input_embeddings()(completion_ids[completion_mask])])  # (T, D)
-        position_ids = torch.cat([prompts.position_ids[:, prompts.mask],
-                                  completion_positions(prompts, row_prompt, completion_ids)[:, completion_mask]], dim=1)  # (3, T)
+        layout = SharedPrompts(prompts.lengths, completion_mask.sum(1), row_prompt)
+        # Token t of a completion is at its prompt's next_position + t on all three axes.
+        own_positions = prompts.next_position[row_prompt, None] + torch.arange(completion_ids.shape[1], device=row_prompt.device)
+        embeds = torch.cat([embed_prompts(self.qwen, prompts), self.qwen.get_input_embeddings()(completion_ids[completion_mask])])
+        position_ids = torch.cat([prompts.position_ids, own_positions[completion_mask].expand(3, -1)], dim=1)  # (3, T)
         COUNTS["learner_tokens"] += len(embeds)
         return text_states(self.qwen, embeds, position_ids, layout.attend).index_select(0, layout.predictors)
 
     def naive_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """The same states from N sequences [q | o_n], padded to P + C columns: no trick but the vision tower's one pass."""
-        packed = embed_prompts(self.qwen, prompts)
-        prompt_embeds = packed.new_zeros(*prompts.mask.shape, packed.shape[1]).masked_scatter(prompts.mask[..., None], packed)  # (B, P, D)
-        embeds = torch.cat([prompt_embeds[row_prompt], self.qwen.get_input_embeddings()(completion_ids)], dim=1)  # (N, P + C, D)
-        attention_mask = torch.cat([prompts.mask[row_prompt], completion_mask], dim=1)  # (N, P + C)
-        position_ids = torch.cat([prompts.position_ids[:, row_prompt],
-                                  completion_positions(prompts, row_prompt, completion_ids)], dim=2)  # (3, N, P + C)
-        COUNTS["learner_tokens"] += attention_mask.numel()
-        hidden = self.qwen.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                                use_cache=False).last_hidden_state  # (N, P + C, D)
-        # The state at column t predicts token t + 1, so what we need are the C states from the prompt's last column on.
-        return hidden[:, -completion_ids.shape[1] - 1:-1][completion_mask]
-
-
-def completion_positions(prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor) -> Tensor:
-    """Positions (3, N, C) of the completions' tokens: token t of a row is at its prompt's next_position + t on all axes."""
-    steps = torch.arange(completion_ids.shape[1], device=completion_ids.device)
-    return (prompts.next_position[row_prompt, None] + steps).expand(3, -1, -1)
+        """The same states from N sequences [q | o_n], padded on the right to one length: all that is shared is the vision pass."""
+        prompt_embeds = embed_prompts(self.qwen, prompts).split(prompts.lengths.tolist())
+        prompt_positions = prompts.position_ids.split(prompts.lengths.tolist(), dim=1)
+        embeds, position_ids = [], []
+        for n, b in enumerate(row_prompt.tolist()):
+            ids = completion_ids[n, completion_mask[n]]
+            own_positions = prompts.next_position[b] + torch.arange(len(ids), device=ids.device)
+            embeds.append(torch.cat([prompt_embeds[b], self.qwen.get_input_embeddings()(ids)]))
+            position_ids.append(torch.cat([prompt_positions[b], own_positions.expand(3, -1)], dim=1).T)
+        embeds = pad_sequence(embeds, batch_first=True)  # (N, P + C, D)
+        position_ids = pad_sequence(position_ids, batch_first=True).permute(2, 0, 1)  # (3, N, P + C)
+        COUNTS["learner_tokens"] += embeds.shape[:2].numel()
+        # No mask: the model is causal, and there is nothing but padding behind a row's last token.
+        hidden = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+        # The state at a column predicts the next token: prompt tokens get no logits and no gradient of their own.
+        before = prompts.lengths[row_prompt] - 1
+        return torch.cat([row[i:i + m] for row, i, m in zip(hidden, before.tolist(), completion_mask.sum(1).tolist())])
 
 
 def completion_mask_from(lengths: Tensor, C: int) -> Tensor:

@@ -148,7 +148,7 @@ def main(args: Args) -> Path:
         batches = range(0, len(readable), args.micro_batch_size)
         for i in batches:
             part = slice(i, i + args.micro_batch_size)
-            prompts = collate_prompts(readable[part], tokenizer.pad_token_id, device)
+            prompts = collate_prompts(readable[part], device)
             response_ids = torch.nn.utils.rnn.pad_sequence(responses[part], batch_first=True).to(device)  # (rows, C)
             lengths = torch.tensor([len(response) for response in responses[part]], device=device)
             mask = completion_mask_from(lengths, response_ids.shape[1])  # (rows, C) bool

@@ -476,7 +476,7 @@ def rebuild_base(folder: Path = BASE) -> None:
         lengths = torch.tensor([len(ids) for _, ids in pairs])
         completion_ids = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for _, ids in pairs])  # (B, C)
         mask = completion_mask_from(lengths, completion_ids.shape[1])
-        prompts = collate_prompts([example for example, _ in pairs], tokenizer.pad_token_id, torch.device("cpu"))
+        prompts = collate_prompts([example for example, _ in pairs], torch.device("cpu"))
         logps, _ = policy(prompts, torch.arange(PRE_BATCH), completion_ids, mask)
         loss = -logps.sum() / mask.sum()
         loss.backward()

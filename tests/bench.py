@@ -79,7 +79,7 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
         positions = rope_positions(ids, [grid for _, grid in pixels.values()], config.image_token_id, config.video_token_id)
         example = Example(None, (), "", "", ids, positions, *pixels.get("videos", (None, None)), *pixels["image"])
         examples.append(example)
-    return examples, collate_prompts(examples, 0, qwen.device)
+    return examples, collate_prompts(examples, qwen.device)
 
 
 def random_rows(qwen, num_rows: int, C: int):
@@ -196,8 +196,8 @@ def sampler(qwen, prompts, C: int, graphs=None):
     banned = vision_token_ids(qwen, qwen.device)
 
     def run():
-        ids, _, _ = generate(qwen, prompts, G, C, 1.0, list(range(len(prompts.ids))), [], banned, graphs)
-        assert ids.shape == (len(prompts.ids) * G, C)
+        ids, _, _ = generate(qwen, prompts, G, C, 1.0, list(range(len(prompts.lengths))), [], banned, graphs)
+        assert ids.shape == (len(prompts.lengths) * G, C)
     return run
 
 
@@ -229,7 +229,7 @@ def b2(qwen, args):
 def learner(qwen, naive: bool, prompts, num_rows: int, C: int):
     policy = Policy(qwen, qwen.dtype, naive)
     ids, mask = random_rows(qwen, num_rows, C)
-    row_prompt = torch.arange(num_rows, device=qwen.device) // (num_rows // len(prompts.ids))
+    row_prompt = torch.arange(num_rows, device=qwen.device) // (num_rows // len(prompts.lengths))
 
     def run():
         logps, _ = policy(prompts, row_prompt, ids, mask, 1.0, vision_token_ids(qwen, qwen.device))
@@ -343,7 +343,7 @@ def partial_group(qwen, prompts, rows: int, C: int):
 def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
     """Matrix products of a phase: 2 per weight and token, and 4 H d per pair of tokens that attention looks at; learning 3 times that."""
     text, vision = qwen.config.text_config, qwen.config.vision_config
-    tokens, S = prompts.ids.shape[1], len(prompts.pixel_values)
+    tokens, S = len(prompts.ids), len(prompts.pixel_values)
     weights = sum(p.numel() for p in qwen.model.language_model.layers.parameters())
     pairs = tokens * tokens / 2 + rows * C * (tokens + C / 2)
     flop = 2 * weights * (tokens + rows * C) + 4 * text.hidden_size * text.num_hidden_layers * pairs

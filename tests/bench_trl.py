@@ -98,7 +98,7 @@ def main(rounds: int) -> None:
             patches, grids = zip(*(patchify(np.asarray(image)[None]) for image in i))
             positions = rope_positions(ids, list(grids), model.config.image_token_id, model.config.video_token_id)
             examples.append(Example(None, (), "", "", ids, positions, pixel_values=torch.cat(patches), image_grid_thw=torch.cat(grids)))
-        prompts = collate_prompts(examples, tokenizer.pad_token_id, torch.device("cpu"))
+        prompts = collate_prompts(examples, torch.device("cpu"))
         turns.step, policy, actor = our_step(prompts)
         trainer.train()
         batch = next(iter(trainer.get_train_dataloader()))
@@ -108,7 +108,7 @@ def main(rounds: int) -> None:
         del side["logits"]  # TRL does not take all of its logits from the lm_head module, where they could be counted
     seconds = {name: values[1:] for name, values in turns.seconds.items()}  # the first round warms up
     ratios = [a / b for a, b in zip(seconds["TRL"], seconds["ours"])]
-    print(json.dumps({"id": "B5", "what": f"whole step, {B} x {G} rows x {C} tokens, P = {prompts.ids.shape[1]}", "unit": "s",
+    print(json.dumps({"id": "B5", "what": f"whole step, {B} x {G} rows x {C} tokens, P = {prompts.lengths[0]}", "unit": "s",
                       "sides": seconds, "ratio": spread(ratios), "aim": 3, "counts": counts,
                       "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}}))
 

@@ -31,7 +31,7 @@ def qwen64(device):
 
 
 def sample(qwen, tokenizer, examples, G=4, C=24, temperature=1.0, seeds=None):
-    prompts = collate_prompts(examples, tokenizer.pad_token_id, qwen.device)
+    prompts = collate_prompts(examples, qwen.device)
     seeds = (seeds or range(len(examples))) if temperature else None
     return prompts, *generate(qwen, prompts, G, C, temperature, seeds, end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device))
 
@@ -102,7 +102,7 @@ def test_gradients_equal_hugging_faces_and_prompt_tokens_are_not_trained(qwen64,
     example = ragged[1]
     target = torch.tensor(tokenizer("<think>I see wash pot.</think><answer>A</answer><|im_end|>")["input_ids"])
     ours, theirs = copy.deepcopy(qwen64).requires_grad_(), copy.deepcopy(qwen64).requires_grad_()
-    prompts = collate_prompts([example], tokenizer.pad_token_id, torch.device("cpu"))
+    prompts = collate_prompts([example], torch.device("cpu"))
     logps, _ = Policy(ours, torch.float64)(prompts, torch.tensor([0]), target[None], torch.ones(1, len(target), dtype=torch.bool))
     (-logps.mean()).backward()
     labels = torch.cat([torch.full_like(example.prompt_ids, -100), target])[None]
@@ -120,7 +120,7 @@ def test_micro_batches_and_padding_change_neither_logps_nor_gradients(qwen64, to
     logps, _ = whole(prompts, torch.arange(8) // 2, ids, mask)
     (logps * weights).sum().backward()
     for n in range(8):  # each row alone: its prompt unpadded, its completion cut to its length
-        alone, L = collate_prompts([ragged[n // 2]], tokenizer.pad_token_id, torch.device("cpu")), lengths[n].item()
+        alone, L = collate_prompts([ragged[n // 2]], torch.device("cpu")), lengths[n].item()
         row, _ = split(alone, torch.tensor([0]), ids[n:n + 1, :L], mask[n:n + 1, :L])
         (row * weights[n:n + 1, :L]).sum().backward()
         torch.testing.assert_close(row[0].detach(), logps[n, :L].detach(), rtol=0, atol=1e-6)
@@ -185,7 +185,7 @@ def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
 @pytest.fixture
 def mixed(qwen64, tokenizer, ragged):
     """Rows of an image-only prompt and of three with clips, unevenly many of each: one is nothing but its end token, one never ends."""
-    prompts = collate_prompts(ragged, tokenizer.pad_token_id, torch.device("cpu"))
+    prompts = collate_prompts(ragged, torch.device("cpu"))
     lengths = torch.tensor([1, 12, 5, 3, 12, 7, 1, 9, 12])
     row_prompt = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
     ids = torch.randint(0, 300, (9, 12), generator=torch.Generator().manual_seed(0))
@@ -213,11 +213,11 @@ def test_shared_sequence_has_no_padding_and_each_prompt_once(qwen64, mixed):
     prompts, row_prompt, ids, mask = mixed
     before = dict(COUNTS)
     Policy(qwen64, torch.float64)(*mixed)
-    assert COUNTS["learner_tokens"] - before["learner_tokens"] == prompts.mask.sum() + mask.sum()
+    assert COUNTS["learner_tokens"] - before["learner_tokens"] == len(prompts.ids) + mask.sum()
     assert COUNTS["vision_patches"] - before["vision_patches"] == len(prompts.pixel_values)
     assert COUNTS["logits"] - before["logits"] == mask.sum() * qwen64.config.text_config.vocab_size
     Policy(qwen64, torch.float64, naive=True)(*mixed)
-    assert COUNTS["learner_tokens"] - before["learner_tokens"] == prompts.mask.sum() + mask.sum() + 9 * (prompts.mask.shape[1] + 12)
+    assert COUNTS["learner_tokens"] - before["learner_tokens"] == len(prompts.ids) + mask.sum() + 9 * (int(prompts.lengths.max()) + 12)
 
 
 def test_split_attention_equals_a_loop_over_tokens():
@@ -299,7 +299,7 @@ def test_the_ends_of_the_uniform_range_draw_no_impossible_token(qwen, tokenizer,
     # The first and the last tokens of the vocabulary are banned, where a cumulated probability is 0 or already 1.
     V = len(tokenizer)
     banned = torch.tensor([*range(10), *range(V - 10, V), *vision_token_ids(qwen, qwen.device).tolist()])
-    prompts = collate_prompts(ragged, tokenizer.pad_token_id, qwen.device)
+    prompts = collate_prompts(ragged, qwen.device)
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, u, dtype=dtype))
     ids, _, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, [], banned)
     assert not torch.isin(ids, banned).any() and logps.isfinite().all()
@@ -324,7 +324,7 @@ def test_a_decoder_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragg
     monkeypatch.setattr(Decoder, "capture", lambda self: self)
     ends, banned, graphs = end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device), {}
     for examples in (ragged[2:], ragged[:2], ragged[1:3]):
-        prompts = collate_prompts(examples, tokenizer.pad_token_id, qwen.device)
+        prompts = collate_prompts(examples, qwen.device)
         kept, fresh = (generate(qwen, prompts, 4, 24, 1.0, [3, 4], ends, banned, g) for g in (graphs, None))
         mask = completion_mask_from(fresh[1], fresh[0].shape[1])
         assert torch.equal(kept[1], fresh[1]) and torch.equal(kept[0], fresh[0])
@@ -341,7 +341,7 @@ def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragge
         assert length == (len(row) if first is None else first + 1)
         assert first is None or set(row[first:]) == {row[first]}
     # A completion may be nothing but the end token: force it by making every token an end token.
-    prompts = collate_prompts(ragged, tokenizer.pad_token_id, qwen.device)
+    prompts = collate_prompts(ragged, qwen.device)
     _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, range(4), list(range(len(tokenizer))), vision_token_ids(qwen, qwen.device))
     assert lengths.tolist() == [1] * 8
 
@@ -357,7 +357,7 @@ def test_completion_text_drops_the_end_token_only(tokenizer):
 # Weights: sharded policy, actor, files.
 
 def take_a_step(policy, tokenizer, ragged):
-    prompts = collate_prompts(ragged, tokenizer.pad_token_id, torch.device("cpu"))
+    prompts = collate_prompts(ragged, torch.device("cpu"))
     ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
     logps, _ = policy(prompts, torch.arange(4), ids, torch.ones_like(ids, dtype=torch.bool))
     (-logps.mean()).backward()
@@ -376,7 +376,7 @@ def test_sharded_policy_equals_the_plain_model_and_the_actor_follows_it(qwen, to
     addresses = [p.data_ptr() for p in actor.parameters()]
     before = take_a_step(policy, tokenizer, ragged)
     copy_weights(policy, actor)
-    prompts = collate_prompts(ragged, tokenizer.pad_token_id, device)
+    prompts = collate_prompts(ragged, device)
     ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     learner, sampler = (m(prompts, torch.arange(4), ids, mask)[0].detach() for m in (policy, Policy(actor, torch.float32)))
