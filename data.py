@@ -22,6 +22,7 @@ import random
 import re
 import signal
 import string
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -357,18 +358,24 @@ def decode_video(path: Path, frames: Frames) -> np.ndarray:
 def cached_video(path: Path, frames: Frames) -> np.ndarray:
     """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
 
-    A file that cannot be read is not remembered. A file that was changed since is read again.
+    A file that cannot be read is not remembered; one that was changed is read again. Nothing is ever deleted, and the names
+    do not know this code: empty the folder after changing how frames are picked or resized.
     """
     if not frames.cache or not path.exists():
         return read_video(path, frames)
     status = path.stat()
-    key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, frames.fps, frames.min_frames, frames.num_frames, frames.image_size))
+    settings = (frames.fps, frames.min_frames, frames.num_frames, frames.image_size)
+    key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, settings))
     cached = Path(frames.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if cached.exists():
-        return np.load(cached)
+        try:
+            return np.load(cached)
+        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the clip again
+            pass
     pixels = read_video(path, frames)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{os.getpid()}")  # renamed when whole: another worker, or a later run, never sees half a file
+    # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
+    part = cached.with_suffix(f".{uuid.uuid4().hex}")
     with open(part, "wb") as file:
         np.save(file, pixels)
     part.replace(cached)

@@ -149,14 +149,15 @@ def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, 
     """One record per sample that this rank answers: every world_size-th of the file, in its order."""
     tokenizer, share = dataset.tokenizer, [(0, i) for i in range(rank, len(dataset), world_size)]
     loader = make_loader(dataset, [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)], args.num_workers)
-    end_ids, banned_ids = end_token_ids(actor, tokenizer), vision_token_ids(actor, actor.device)
+    end_ids, banned_ids = end_token_ids(actor, tokenizer, actor.device), vision_token_ids(actor, actor.device)
     progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
     records = []
     for examples in loader:
         readable, completions = [example for example in examples if not example.error], iter(())
         if readable:
             prompts = collate_prompts(readable, actor.device)
-            completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, 0.0, None, end_ids, banned_ids)
+            completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, temperature=0.0, seeds=None,
+                                                  end_ids=end_ids, banned_ids=banned_ids)
             completions = zip(completion_ids, lengths.tolist())
         for example in examples:
             ids, length = (None, 0) if example.error else next(completions)

@@ -36,13 +36,13 @@ Where this departs from the published SEED-Bench-R1 run, and why:
 What makes a step cheap, in counts for one group: P = 900 tokens of which 729 are vision, G = 8, C = 256, shapes of 7B:
     a. Prefill once per group and not once per row: 900 tokens through the text model, not 7,200 (`Decoder.start`).
     b. The prompt's keys and values once per group: 52 MB to keep and to read for each token, not 413 MB (`Decoder.attend`).
-    c. The groups of a rank decoded together: the 14 GB of weights are read once for 64 tokens, not for 8 (`generate`).
-    d. Caches of full size that never move, randomness drawn ahead, no wait for a value: a token's kernels can be queued ahead
-       or replayed as one CUDA graph. Rows that have ended leave the batch (`Decoder.drop_finished_rows`).
+    c. The groups of a rank decoded together: with 8 of them, the 14 GB of weights are read once for 64 tokens, not for 8.
+    d. Caches of full size from the start, random numbers drawn before the first token, no CPU-GPU sync inside a token: its
+       kernels can be queued ahead, or replayed as one CUDA graph. Finished rows leave (`Decoder.drop_finished_rows`).
     e. Learning on one sequence per group, prompt once and no padding: 2,948 tokens, not 9,248 (`SharedPrompts` in model.py).
     f. Logits for completion tokens only and 512 at a time: 0.3 GB, not 5.6 GB for every token of every row (`token_logps`).
-    g. No pass whose result is known: old log-probs with one update, the reference at beta 0, groups without advantage.
-    h. Clips decoded and cut into patches by worker processes, two steps ahead; decoded frames cached as uint8 (data.py).
+    g. No old log-probs with one update, no reference at beta 0, no learning of groups of equal rewards (`main` 6b, 6d).
+    h. Clips decoded and cut into patches ahead, by worker processes; decoded frames cached as uint8 (data.py).
 tests/bench.py measures each against the usual way; the README has its table.
 
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean, clip
@@ -62,14 +62,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, parse_answer, step_batch
-from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock, collate_prompts, completion_mask_from, copy_weights,
-                   embed_prompts, end_token_ids, export, load_checkpoint, load_policy, load_tokenizer, make_actor, max_over_ranks, open_run,
+from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock, collate_prompts, copy_weights,
+                   embed_prompts, end_token_ids, export, load_checkpoint, load_policy, load_tokenizer, make_actor, mask_from_lengths, max_over_ranks, open_run,
                    parse_args, report, resolve_toy, save_checkpoint, setup, sum_over_ranks, text_states, vision_token_ids)
 
 
 @dataclass
 class Args:
-    """The defaults are the published run: Qwen2-VL-7B, 6k questions, 8 prompts x 8 completions a step, 750 steps."""
+    """The defaults are the published run (departures above): Qwen2-VL-7B, 6k questions, 8 prompts x 8 completions a step."""
     model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
     data_root: str = arg("toy", "folder with annotations/, videos/ and images/; 'toy' builds the toy world on first use")
     train_file: str = arg("annotations/training_6k.jsonl", "under data_root: JSONL or a JSON list")
@@ -86,16 +86,16 @@ class Args:
     group_size: int = arg(8, "G: completions per prompt, >= 2")
     temperature: float = arg(1.0, "of sampling, and so of every log-prob, > 0")
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
-    rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed; results change by rounding only")
-    cuda_graph: bool = arg(False, "replay each token's kernels as one CUDA graph: faster on a GPU, but never run so far")
+    rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed, results differ by rounding")
+    cuda_graph: bool = arg(False, "replay each token's kernels as one CUDA graph: meant for GPUs, never run so far")
     # objective
     format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1, >= 0")
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
     kl_coef: float = arg(0.1, "beta, >= 0; 0 loads no reference model")
-    clip_low: float = arg(0.2, "eps below: ratios under 1 - clip_low get no gradient, 0 to 1")
-    clip_high: float = arg(0.2, "eps above, >= 0 (DAPO: 0.28)")
+    clip_low: float = arg(0.2, "eps_low, 0 to 1: where A < 0, a ratio below 1 - clip_low gets no gradient")
+    clip_high: float = arg(0.2, "eps_high, >= 0: where A > 0, a ratio above 1 + clip_high gets no gradient (DAPO: 0.28)")
     loss_agg: str = arg("sequence_mean", "sequence_mean (published), token_mean (DAPO) or constant (Dr. GRPO)")
-    learn_flat_groups: bool = arg(False, "also learn groups of equal rewards: with kl_coef 0 that changes nothing")
+    learn_flat_groups: bool = arg(False, "also learn groups of equal rewards, for their KL term; with kl_coef 0 it is no use")
     # optimisation; all quantities are global, whatever the number of ranks
     prompts_per_step: int = arg(8, "prompts per step over all ranks, a multiple of their number")
     num_updates: int = arg(1, "optimizer updates on each rollout")
@@ -104,7 +104,8 @@ class Args:
     learning_rate: float = arg(1e-6, "peak; decays linearly to 0 over the run, without warm-up")
     weight_decay: float = arg(0.0, "AdamW's")
     max_grad_norm: float = arg(1.0, "global gradient norm is clipped to this")
-    micro_batch_size: int = arg(8, "completions per forward and backward on one rank: memory against speed; results change by rounding only")
+    micro_batch_size: int = arg(8, "completions per forward and backward on one rank, best whole groups: memory against speed, "
+                                   "results differ by rounding")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     naive: bool = arg(False, "learn padded rows of prompt and completion, the prompt once per row: slower, same result")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
@@ -195,181 +196,189 @@ def token_weights(mask: Tensor, loss_agg: str, num_rows: float, num_tokens: floa
 # Group sampling: prompt and vision are encoded once per group, then the rows of several groups are decoded together.
 
 @torch.no_grad()
-def generate(actor, prompts: Prompts, group_size: int, max_new_tokens: int, temperature: float, seeds: list[int] | None,
-             end_ids: list[int], banned_ids: Tensor, graphs: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def generate(actor, prompts: Prompts, group_size: int, max_completion_length: int, temperature: float, seeds: list[int] | None,
+             end_ids: Tensor, banned_ids: Tensor, graphs: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Samples G completions for each of B prompts. No collective: ranks may decode different lengths.
 
     Args: actor, an unsharded Qwen2-VL; temperature, 0 takes the likeliest token; seeds, one per prompt, so that what a
         prompt's group draws depends neither on its neighbours in the batch nor on the rank (None when greedy); end_ids,
-        tokens that end a completion and are part of it; banned_ids, tokens that are never drawn; graphs, an empty dict to
-        keep captured CUDA graphs in from call to call (None: no graphs).
-    Returns: completion_ids (N, C) int64, row b * G + g is completion g of prompt b, the first end token repeated to the end
-        of the row; lengths (N,) int64, the first end token included; logps (N, C) at least float32, of the drawn tokens under
-        the temperature and the ban (temperature 0: under temperature 1), meaningless past a row's length.
+        tokens that end a completion and are part of it; banned_ids, tokens that are never drawn; graphs, a dict in which
+        CUDA graphs are kept from call to call, empty at first (None: no graphs); they hold this actor and temperature.
+    Returns: completion_ids (N, C) int64, row b * G + g is completion g of prompt b, 0 behind its end; lengths (N,) int64, the
+        first end token included; logps (N, C) at least float32, of the drawn tokens under the temperature and the ban
+        (temperature 0: under temperature 1), meaningless behind the end.
     """
     B, P, device = len(prompts.lengths), int(prompts.lengths.max()), prompts.ids.device
-    ends = torch.tensor(end_ids, device=device)
-    settings = dict(G=group_size, C=max_new_tokens, temperature=temperature, ends=ends, banned_ids=banned_ids)
+    settings = dict(G=group_size, C=max_completion_length, temperature=temperature, end_ids=end_ids, banned_ids=banned_ids)
     if graphs is None:
         decoder = Decoder(actor, B, P, **settings)
     else:
-        P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts
-        decoder = graphs.get((B, P)) or graphs.setdefault((B, P), Decoder(actor, B, P, **settings).capture())
+        P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts, each with caches of its own
+        shape = (B, P, group_size, max_completion_length)
+        if shape not in graphs:
+            graphs[shape] = Decoder(actor, B, P, **settings).capture()
+        decoder = graphs[shape]
     if temperature > 0:
         # All randomness of the rollout, drawn at once and on the CPU: the same numbers on every device.
-        uniforms = [torch.rand(group_size, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-                    for seed in seeds]
+        uniforms = [torch.rand(group_size, max_completion_length, dtype=torch.float64,
+                               generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         decoder.uniforms.copy_(torch.cat(uniforms))  # (N, C)
     decoder.start(prompts)
-    for k in range(1, max_new_tokens):
+    for k in range(1, max_completion_length):
         # Looking at `done` is a CPU-GPU sync: on a GPU, look every 16 tokens.
         if device.type == "cpu" or k % 16 == 0:
             finished_frac = int(decoder.done.sum()) / len(decoder.rows)
             if finished_frac == 1:
                 break
-            if finished_frac >= 0.25 and graphs is None:  # fewer are not worth the copying
+            # Fewer are not worth the copying; and a graph replays what it has recorded, all rows at their old addresses.
+            if finished_frac >= 0.25 and graphs is None:
                 decoder.drop_finished_rows()
-        decoder.step() if decoder.graph is None else decoder.graph.replay()
+        decoder.step()
         COUNTS["decoded_tokens"] += len(decoder.rows)
     C = int(decoder.k) + 1
-    completion_ids, logps = decoder.ids[:, :C].clone(), decoder.logps[:, :C].clone()
-    is_end = torch.isin(completion_ids, ends)
+    completion_ids, logps = decoder.ids[:, :C], decoder.logps[:, :C].clone()  # a kept decoder writes over them
+    is_end = torch.isin(completion_ids, end_ids)
     lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, C)
-    # Behind its first end token a row holds nothing, or what was drawn while others were not finished.
-    past_end = torch.arange(C, device=device) >= lengths[:, None]
-    completion_ids = torch.where(past_end, completion_ids.gather(1, lengths[:, None] - 1), completion_ids)
-    return completion_ids, lengths, logps
+    return completion_ids.masked_fill(~mask_from_lengths(lengths, C), 0), lengths, logps
 
 
 class Decoder:
     """Decodes N = B * G rows together, one token a `step`.
 
     A prompt's keys and values are kept once and read once for its G rows; those of completions are kept row by row, in
-    tensors of full size from the start (a cache that grows is copied at each token). All state changes in place, and no
-    step waits for a value: on a GPU, one captured graph of `step` serves all tokens, rollouts and updates.
+    tensors of full size from the start (a cache that grows is copied at each token). `step` changes tensors in place and
+    waits for no value: on a GPU, one captured graph of it serves all tokens, rollouts and updates.
     """
 
-    def __init__(self, actor, B: int, P: int, G: int, C: int, temperature: float, ends: Tensor, banned_ids: Tensor):
-        self.actor, self.temperature, self.ends, self.banned_ids, self.graph = actor, temperature, ends, banned_ids, None
-        self.B, self.G, N, device = B, G, B * G, ends.device
-        config = actor.config.text_config
-        heads, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
-        zeros = partial(torch.zeros, dtype=actor.dtype, device=device)
-        self.prompt_keys, self.prompt_values = ([zeros(B, heads, P, d) for _ in range(config.num_hidden_layers)] for _ in range(2))
-        self.own_keys, self.own_values = ([zeros(N, heads, C, d) for _ in range(config.num_hidden_layers)] for _ in range(2))
-        self.prompt_mask = torch.zeros(B, P, dtype=torch.bool, device=device)
+    def __init__(self, actor, B: int, P: int, G: int, C: int, temperature: float, end_ids: Tensor, banned_ids: Tensor):
+        self.actor, self.temperature, self.end_ids, self.banned_ids = actor, temperature, end_ids, banned_ids
+        config, device, N = actor.config.text_config, end_ids.device, B * G
+        layers, heads, d = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        zeros = partial(torch.zeros, device=device)
+        # Of all N rows, to the end:
+        self.k = zeros(1, dtype=torch.int64)  # the newest token's column
         self.columns = torch.arange(C, device=device)
-        self.k = torch.zeros(1, dtype=torch.int64, device=device)  # the newest token's column
-        self.ids = torch.zeros(N, C, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(N, C, dtype=torch.promote_types(actor.dtype, torch.float32), device=device)
-        self.uniforms = torch.zeros(N, C, dtype=torch.float64, device=device)
-        # Of the rows that are still decoded: which of the N they are, their newest token, whether it has ended them.
-        self.rows = torch.arange(N, device=device)
-        self.token = torch.zeros(N, dtype=torch.int64, device=device)
-        self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        self.first_position = torch.zeros(N, dtype=torch.int64, device=device)
+        self.ids = zeros(N, C, dtype=torch.int64)
+        self.logps = zeros(N, C, dtype=torch.promote_types(actor.dtype, torch.float32))
+        self.uniforms = zeros(N, C, dtype=torch.float64)
+        # Of the R rows that are still decoded, at first all, G for each of B prompts (R, G and B shrink together):
+        self.B, self.G = B, G
+        self.rows = torch.arange(N, device=device)  # (R,): which of the N they are
+        self.token = zeros(N, dtype=torch.int64)  # (R,): the newest
+        self.done = zeros(N, dtype=torch.bool)
+        self.first_position = zeros(N, dtype=torch.int64)
+        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
+        self.own_keys, self.own_values = ([zeros(N, heads, C, d, dtype=actor.dtype) for _ in range(layers)] for _ in range(2))
+        # Of their B prompts:
+        self.prompt_mask = zeros(B, P, dtype=torch.bool)
+        self.prompt_keys, self.prompt_values = ([zeros(B, heads, P, d, dtype=actor.dtype) for _ in range(layers)] for _ in range(2))
 
     def start(self, prompts: Prompts) -> None:
         """Encodes the prompts, B rows and not N (729 of 900 tokens are vision), and draws each row's first token."""
-        rows = Ragged(prompts.lengths)
         COUNTS["prefill_tokens"] += len(prompts.ids)
-        self.prompt_mask.copy_(completion_mask_from(prompts.lengths, self.prompt_mask.shape[1]))
+        self.prompt_mask.copy_(mask_from_lengths(prompts.lengths, self.prompt_mask.shape[1]))
         self.first_position.copy_(prompts.next_position.repeat_interleave(self.G))
         self.k.zero_()
         self.done.zero_()
+        packing = Ragged(prompts.lengths)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            out, key, value = attend_causally(rows, query, key, value)
+            out, key, value = attend_causally(packing, query, key, value)
             self.prompt_keys[layer][:, :, :key.shape[2]] = key
             self.prompt_values[layer][:, :, :key.shape[2]] = value
             return out
 
         hidden = text_states(self.actor, embed_prompts(self.actor, prompts), prompts.position_ids, attend)
-        self.draw(hidden[rows.ends - 1].repeat_interleave(self.G, dim=0))
+        self.draw(hidden[packing.last].repeat_interleave(self.G, dim=0))
 
     def step(self) -> None:
         """Feeds each row's newest token and draws the next one."""
         seen = torch.cat([self.prompt_mask, (self.columns <= self.k).expand(self.B, -1)], dim=1)  # (B, P + C) bool
         bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P + C) float32
-        position_ids = (self.first_position + self.k).expand(3, -1)
-        hidden = text_states(self.actor, self.actor.get_input_embeddings()(self.token), position_ids,
-                             partial(self.attend, bias=bias))
+        hidden = text_states(self.actor, self.actor.get_input_embeddings()(self.token),
+                             (self.first_position + self.k).expand(3, -1), partial(self.attend, bias=bias))
         self.k += 1
         self.draw(hidden)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Each row's new token sees its prompt and its own completion: (H, N, d), (H_kv, N, d) twice -> (N, H, d)."""
-        (heads, N, d), P = key.shape, self.prompt_mask.shape[1]
-        self.own_keys[layer].index_copy_(2, self.k, key.transpose(0, 1)[:, :, None])  # (N, H_kv, C, d)
+        """Each row's new token sees its prompt and its own completion: (H, R, d), (H_kv, R, d) twice -> (R, H, d)."""
+        (heads, R, d), P = key.shape, self.prompt_mask.shape[1]
+        self.own_keys[layer].index_copy_(2, self.k, key.transpose(0, 1)[:, :, None])  # (R, H_kv, C, d)
         self.own_values[layer].index_copy_(2, self.k, value.transpose(0, 1)[:, :, None])
 
-        def by_prompt(x: Tensor) -> Tensor:  # (N, H_kv, H / H_kv, ...) -> (B, H_kv, G * H / H_kv, ...)
+        def by_prompt(x: Tensor) -> Tensor:  # (R, H_kv, H / H_kv, ...) -> (B, H_kv, G * H / H_kv, ...)
             return x.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
 
         def by_row(x: Tensor) -> Tensor:  # and back
             return x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
 
-        query = query.view(heads, -1, N, d).permute(2, 0, 1, 3) / math.sqrt(d)  # (N, H_kv, H / H_kv, d)
+        query = query.view(heads, -1, R, d).permute(2, 0, 1, 3) / math.sqrt(d)  # (R, H_kv, H / H_kv, d)
         # To its prompt's keys the G rows of a group are so many queries of one matrix product: the keys are read once, not G
-        # times. (In bf16, scores are rounded as in Hugging Face's eager attention; actor_gap shows what that comes to.)
+        # times. (In bf16 the scores are rounded, which fused kernels avoid; actor_gap shows what that comes to.)
         scores = torch.cat([by_prompt(query) @ self.prompt_keys[layer].mT, by_prompt(query @ self.own_keys[layer].mT)], dim=-1)
         weights = (scores + bias).softmax(-1).to(query.dtype)  # (B, H_kv, G * H / H_kv, P + C)
         out = by_row(weights[..., :P] @ self.prompt_values[layer]) + by_row(weights[..., P:]) @ self.own_values[layer]
         return out.flatten(1, 2)
 
     def draw(self, hidden: Tensor) -> None:
-        """Draws token k of every row from its last state, (N, D)."""
-        logits = self.actor.lm_head(hidden).to(self.logps.dtype).index_fill(1, self.banned_ids, -torch.inf)  # (N, V)
+        """Draws token k of every row from its last state, (R, D)."""
+        logits = self.actor.lm_head(hidden).to(self.logps.dtype).index_fill(1, self.banned_ids, -torch.inf)  # (R, V)
         # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
         log_probs = (logits / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature > 0:
             # The first token at which the cumulated probability reaches u, uniform in (0, 1]: never one of probability 0,
             # and without torch.multinomial's CPU-GPU sync. float64, or tokens below 1e-7 would be drawn too seldom.
             cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
-            u = 1 - self.uniforms.index_select(1, self.k)[self.rows]  # (N, 1)
+            u = 1 - self.uniforms.index_select(1, self.k)[self.rows]  # (R, 1)
             token = torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
         else:
             token = log_probs.argmax(-1)
         self.ids.index_put_((self.rows, self.k), token)
         self.logps.index_put_((self.rows, self.k), log_probs.gather(1, token[:, None])[:, 0])
         self.token.copy_(token)
-        self.done |= torch.isin(token, self.ends)
+        self.done |= torch.isin(token, self.end_ids)
 
     def drop_finished_rows(self) -> None:
-        """Takes finished groups and finished rows out of the batch. CPU-GPU sync.
+        """Copies the state into smaller tensors, without finished groups and finished rows. CPU-GPU sync.
 
-        Groups stay equally large, as large as the one with the most unfinished rows: in the others, finished ones fill up.
+        All groups keep as many rows as the one with the most unfinished; the others are filled up with finished rows, whose
+        further tokens nobody reads.
         """
-        alive = ~self.done.view(self.B, self.G)
-        prompts, G = alive.any(dim=1).nonzero()[:, 0], int(alive.sum(dim=1).max())
-        if len(prompts) * G == len(self.rows):
+        unfinished = ~self.done.view(self.B, self.G)
+        live, G = unfinished.any(dim=1).nonzero()[:, 0], int(unfinished.sum(dim=1).max())  # live (B,): prompts that stay
+        if len(live) * G == len(self.rows):
             return
-        order = alive[prompts].int().argsort(dim=1, descending=True)[:, :G]
-        keep = (prompts[:, None] * self.G + order).flatten()
+        order = unfinished[live].int().argsort(dim=1, descending=True)[:, :G]  # (B, G)
+        keep = (live[:, None] * self.G + order).flatten()  # (R,)
         self.rows, self.token, self.done, self.first_position = (
             x[keep] for x in (self.rows, self.token, self.done, self.first_position))
-        self.own_keys, self.own_values = ([x[keep] for x in cache] for cache in (self.own_keys, self.own_values))
-        self.prompt_keys, self.prompt_values = ([x[prompts] for x in cache] for cache in (self.prompt_keys, self.prompt_values))
-        self.prompt_mask, self.B, self.G = self.prompt_mask[prompts], len(prompts), G
+        for index, caches in ((keep, (self.own_keys, self.own_values)), (live, (self.prompt_keys, self.prompt_values))):
+            for cache in caches:
+                for layer, x in enumerate(cache):  # one at a time, so that old and new are never there together
+                    cache[layer] = x[index]
+        self.prompt_mask, self.B, self.G = self.prompt_mask[live], len(live), G
 
     def capture(self) -> "Decoder":
-        """Records `step` as a CUDA graph: one launch a token in place of hundreds. NEVER RUN: written without a GPU."""
-        side = torch.cuda.Stream()  # as the documentation of torch.cuda.graph asks: warm up on another stream first
+        """Replaces `step` by the replay of a CUDA graph of it: one launch a token, not hundreds. NEVER RUN: no GPU at hand."""
+        if len(self.columns) == 1:  # a completion of one token takes no step
+            return self
+        # As the documentation of torch.cuda.graph asks: warm up on another stream first.
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.step()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.step()
+        self.step = graph.replay  # it works on the tensors that were there when it was recorded: they may never be replaced
         return self
 
 
-def completion_text(tokenizer, completion_ids: Tensor, length: int, end_ids: list[int]) -> str:
+def completion_text(tokenizer, completion_ids: Tensor, length: int, end_ids: Tensor) -> str:
     """The text of one completion (C,) without its end token. Other special tokens stay visible: they are mistakes."""
     ids = completion_ids[:length].tolist()
-    return tokenizer.decode(ids[:-1] if ids[-1] in end_ids else ids, skip_special_tokens=False)
+    return tokenizer.decode(ids[:-1] if ids[-1] in end_ids.tolist() else ids, skip_special_tokens=False)
 
 
 @dataclass
@@ -382,22 +391,23 @@ class Rollout:
     logps: Tensor  # (N, C) float32, as the actor saw them
 
 
-def sample_groups(actor, examples: list[Example], step: int, args: Args, end_ids: list[int], banned_ids: Tensor,
+def sample_groups(actor, examples: list[Example], step: int, args: Args, end_ids: Tensor, banned_ids: Tensor,
                   graphs: dict | None) -> Rollout:
     """Samples G completions for each example, `rollout_prompts` prompts at a time."""
-    device = actor.device
-    no_ids, no_logps = torch.zeros(0, 0, dtype=torch.int64, device=device), torch.zeros(0, 0, device=device)
-    parts = [(no_ids, no_ids.sum(1), no_logps)]  # all there is when none of the rank's videos can be read
+    # An empty part comes first, for a rank none of whose videos can be read.
+    completion_ids, lengths, logps = [end_ids.new_zeros(0, 1)], [end_ids.new_zeros(0)], [torch.zeros(0, 1, device=actor.device)]
     for chunk in (examples[i:i + args.rollout_prompts] for i in range(0, len(examples), args.rollout_prompts)):
         # Seeded by the sample, not by its place: the same completions on any rank and in any batch.
         seeds = [random.Random(f"{args.seed}/{step}/{example.sample.sample_id}").getrandbits(63) for example in chunk]
-        parts.append(generate(actor, collate_prompts(chunk, device), args.group_size, args.max_completion_length,
-                              args.temperature, seeds, end_ids, banned_ids, graphs))
-    C = max(ids.shape[1] for ids, _, _ in parts)
-    completion_ids = torch.cat([F.pad(ids, (0, C - ids.shape[1])) for ids, _, _ in parts])
-    logps = torch.cat([F.pad(logps, (0, C - logps.shape[1])) for _, _, logps in parts])
-    lengths = torch.cat([lengths for _, lengths, _ in parts])
-    return Rollout(examples, completion_ids, lengths, completion_mask_from(lengths, C), logps)
+        ids, row_lengths, row_logps = generate(actor, collate_prompts(chunk, actor.device), args.group_size,
+                                               args.max_completion_length, args.temperature, seeds, end_ids, banned_ids, graphs)
+        completion_ids.append(ids)
+        lengths.append(row_lengths)
+        logps.append(row_logps)
+    C = max(ids.shape[1] for ids in completion_ids)
+    completion_ids, logps = (torch.cat([F.pad(x, (0, C - x.shape[1])) for x in parts]) for parts in (completion_ids, logps))
+    lengths = torch.cat(lengths)
+    return Rollout(examples, completion_ids, lengths, mask_from_lengths(lengths, C), logps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,13 +483,14 @@ def main(args: Args) -> Path:
                          "GRPO needs the training shape, such as training_6k.jsonl")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
-    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache), args.seed)
+    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
+    dataset = VideoDataset(samples, tokenizer, frames, args.seed)
 
     # 3 model
     policy = load_policy(args, device, naive=args.naive)
     reference = load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     actor = make_actor(policy, device)
-    end_ids, banned_ids = end_token_ids(actor, tokenizer), vision_token_ids(actor, device)
+    end_ids, banned_ids = end_token_ids(actor, tokenizer, device), vision_token_ids(actor, device)
     blank = blank_batch(tokenizer, actor.config, device)
     graphs = {} if args.cuda_graph else None
 
@@ -512,14 +523,18 @@ def main(args: Args) -> Path:
         seconds["rollout_s"] = clock() - start - sum(seconds.values())
 
         # 6b rewards and advantages
-        texts = [completion_text(tokenizer, ids, length, end_ids)
-                 for ids, length in zip(rollout.completion_ids, rollout.lengths.tolist())]
-        answers = [(text, readable[n // args.group_size]) for n, text in enumerate(texts)]  # N pairs
+        answers = [(completion_text(tokenizer, ids, length, end_ids), readable[n // args.group_size])  # N (text, example) pairs
+                   for n, (ids, length) in enumerate(zip(rollout.completion_ids, rollout.lengths.tolist()))]
         accuracy = torch.tensor([accuracy_reward(text, e) for text, e in answers], device=device)  # (N,)
         formatted = torch.tensor([format_reward(text) for text, _ in answers], device=device)  # (N,)
         parsed = torch.tensor([parse_answer(text, e.options) is not None for text, e in answers], device=device)  # (N,) bool
         rewards = (accuracy + args.format_weight * formatted).view(-1, args.group_size)  # (B, G)
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
+        # Equal rewards mean advantages of 0. Such a flat group counts in the statistics and in the denominators of the loss,
+        # but it is not learned: its gradient would be 0, but for the KL term. So with kl_coef > 0 what is dropped here is the
+        # pull of these completions towards the reference; --learn_flat_groups keeps it.
+        flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
+        learned = (~flat | args.learn_flat_groups).repeat_interleave(args.group_size)  # (N,) bool
         if rank == 0 and answers and step % args.sample_every == 0:  # reading completions is the first debugging tool
             n = step // args.sample_every % len(answers)  # another row each time
             text, example = answers[n]
@@ -531,25 +546,22 @@ def main(args: Args) -> Path:
                 file.write(shown + "\n")
 
         # 6c counts of the whole step: the denominators, fixed before the first backward
-        ended = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=device)) & rollout.completion_mask
-        flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
-        # Equal rewards mean advantages of 0: such a group counts in the statistics and in the denominators of the loss, but
-        # it is not learned. Its gradient would be 0, but for the KL term: with kl_coef > 0 what is dropped here is the pull
-        # of these completions towards the reference, which --learn_flat_groups keeps.
-        learned = torch.ones_like(flat) if args.learn_flat_groups else ~flat  # (B,) bool
-        learned_rows = learned.repeat_interleave(args.group_size)  # (N,) bool
+        ended = (torch.isin(rollout.completion_ids, end_ids) & rollout.completion_mask).any(dim=1)  # (N,) bool
         counts = sum_over_ranks({
-            "rows": len(answers), "groups": len(readable), "tokens": rollout.lengths.sum(), "bad_videos": len(examples) - len(readable),
-            "reward": rewards.sum(), "accuracy": accuracy.sum(), "format": formatted.sum(), "parsed": parsed.sum(),
-            "truncated": (~ended.any(dim=1)).sum(), "group_std": group_std(rewards).sum(), "flat_groups": flat.sum(),
-            "learned_tokens": rollout.lengths[learned_rows].sum()}, device)
+            "rows": len(answers), "groups": len(readable), "bad_videos": len(examples) - len(readable),
+            "tokens": rollout.lengths.sum(), "learned_tokens": rollout.lengths[learned].sum(), "reward": rewards.sum(),
+            "accuracy": accuracy.sum(), "format": formatted.sum(), "parsed": parsed.sum(), "truncated": (~ended).sum(),
+            "group_std": group_std(rewards).sum(), "flat_groups": flat.sum()}, device)
         if counts["rows"] == 0:
             raise ValueError(f"step {step}: no sample could be read, check --data_root {args.data_root}; {examples[0].error}")
-        weights = token_weights(rollout.completion_mask, args.loss_agg, counts["rows"], counts["tokens"], args.max_completion_length)
+        weights = token_weights(rollout.completion_mask, args.loss_agg, counts["rows"], counts["tokens"],
+                                args.max_completion_length)
 
         # 6d log-probs under the reference, and under the sampling policy if it will move before their last use
-        batches = learned_rows.nonzero()[:, 0].split(args.micro_batch_size) if learned_rows.any() else ()
-        # At least one: a step without any signal is a step with a gradient of 0, in which Adam's momentum still moves weights.
+        rows = learned.nonzero()[:, 0]
+        batches = [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
+        # As many passes as the rank with the most, and at least one: a step without any signal is one with a gradient of 0,
+        # in which AdamW's momentum still moves the weights.
         num_blanks = max(1, max_over_ranks(len(batches), device)) - len(batches)
         passes = (rollout, batches, num_blanks, blank, args, banned_ids)
         ref_logps = score(reference, *passes) if reference is not None else None
@@ -599,7 +611,7 @@ def main(args: Args) -> Path:
             "completion_length": counts["tokens"] / counts["rows"], "truncated_frac": counts["truncated"] / counts["rows"],
             "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr, "bad_videos": int(counts["bad_videos"]),
             "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, **seconds}
-        if counts["learned_tokens"]:
+        if counts["learned_tokens"]:  # means over the tokens that were learned: those of flat groups are not in them
             token_updates = counts["learned_tokens"] * args.num_updates
             metrics |= {"entropy": sums["entropy"] / token_updates, "clip_frac": sums["clipped"] / token_updates,
                         "actor_gap": sums["actor_gap"] / counts["learned_tokens"]}
@@ -611,10 +623,8 @@ def main(args: Args) -> Path:
                                      f"parse {metrics['parse_rate']:.2f} len {metrics['completion_length']:.0f} "
                                      f"| {health(metrics)}")
             progress.update()
-        for name, phase_s in seconds.items():
-            total_s[name.removesuffix("_s")] += phase_s
-        total_tokens["rollout"] += counts["tokens"]
-        total_tokens["update"] += counts["learned_tokens"] * args.num_updates
+        total_s.update(seconds)  # a Counter adds
+        total_tokens.update(rollout_s=counts["tokens"], update_s=counts["learned_tokens"] * args.num_updates)
         if args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(output_dir, step + 1, policy, optimizer)
         start = clock()

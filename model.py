@@ -12,8 +12,8 @@ Two copies of the weights, on purpose:
 
 A sharded model must not sample token by token: each token would all-gather every layer (about 38 ms a token for 7B on an
 H200, by arithmetic), and ranks whose completions differ in length would wait for each other forever. The actor touches no
-collective; refreshing it once a step costs one all-gather per parameter and 2 bytes of memory per weight. Another inference
-engine would be put in here.
+collective; refreshing it once a step costs one all-gather per parameter and 2 bytes of memory per weight. To sample with
+another engine, replace the actor.
 
 Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, V vocabulary, S vision patches, D hidden size,
 H heads of size d (keys and values: H_kv). Packed, that is without padding: M tokens of all completions, T tokens in all.
@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -56,8 +55,8 @@ LOGITS_CHUNK = 512  # completion tokens whose (chunk, V) logits exist at one tim
 COUNTS = {"vision_patches": 0,  # patches through the vision tower
           "prefill_tokens": 0,  # prompt tokens through the sampler's text model
           "decoded_tokens": 0,  # completion tokens through it, those of finished rows that stayed in the batch included
-          "learner_tokens": 0,  # tokens of prompts and completions through the policy's and the reference's, padding included
-          "logits": 0}  # elements of the logits that log-probs were taken from
+          "learner_tokens": 0,  # prompt and completion tokens through policy and reference, padding included if there is any
+          "logits": 0}  # elements of the logits of policy and reference
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
                    "chat_template.json", "chat_template.jinja")
 
@@ -104,7 +103,7 @@ def parse_args(args_class, toy: dict, argv: list[str] | None = None):
 
 
 def setup() -> tuple[int, int, torch.device]:
-    """Joins the process group and returns (rank, world_size, device).
+    """Joins the process group, begins COUNTS anew, and returns (rank, world_size, device).
 
     Under torchrun the address comes from its environment variables; without it a group of one process is made, so that
     the same code path (FSDP, collectives, checkpoints) runs everywhere. NCCL on GPUs, gloo on CPUs.
@@ -228,7 +227,7 @@ def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = 
     """The sharded policy of --model, ready to learn: masters in float32 (float64 where that is the compute dtype).
 
     `frozen` gives a reference that never learns. It is kept in the compute dtype: masters would be cast to it anyway.
-    `naive` runs completions as padded rows that share nothing.
+    `naive` runs prompt and completion as padded rows that share only the vision pass.
     """
     dtype = pick_dtype(args, device)
     qwen = load_qwen(args.model, dtype if frozen else torch.promote_types(dtype, torch.float32))
@@ -296,7 +295,7 @@ def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Te
     return embeds.masked_scatter(is_vision[:, None], vision.to(embeds.dtype))
 
 
-def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer) -> list[int]:
+def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer, device: torch.device) -> Tensor:
     """Tokens that end a completion: the turn's end, <|im_end|>, and whatever else the generation config names.
 
     This list is all that is ever taken from the generation config. Qwen2-VL ships top_k=1 in it: code that inherits its
@@ -304,7 +303,7 @@ def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer) -> list[int]
     """
     ends = qwen.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
-    return sorted({tokenizer.convert_tokens_to_ids("<|im_end|>"), *ends})
+    return torch.tensor(sorted({tokenizer.convert_tokens_to_ids("<|im_end|>"), *ends}), device=device)
 
 
 def vision_token_ids(qwen: Qwen2VLForConditionalGeneration, device: torch.device) -> Tensor:
@@ -315,35 +314,41 @@ def vision_token_ids(qwen: Qwen2VLForConditionalGeneration, device: torch.device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention where the rows of a group share their prompt. Hugging Face's layers do projections, rotations and MLPs, token by
-# token; who sees whom is ours.
+# Attention in which the rows of a group share their prompt. Hugging Face's layers do all that is done token by token
+# (projections, rotations, MLPs); which token sees which is decided here.
+
+def use_our_attention(qwen: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGeneration:
+    """Makes the text model's layers call `attention`; the vision tower keeps its own."""
+    ALL_ATTENTION_FUNCTIONS.register("shared_prompts", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("shared_prompts", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    qwen.model.language_model.config._attn_implementation = "shared_prompts"
+    return qwen
+
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **kwargs):
-    """What the text model's layers call: `attend`, if it was given to the text model, else Hugging Face's own attention.
+    """What the text model's layers call: `attend`, if the text model was called with one, else Hugging Face's attention.
 
-    Args: query (1, H, T, d); key, value (1, H_kv, T, d), rotated to their positions; attend(layer, query, key, value) with
-        the leading 1 dropped, which returns (T, H, d).
+    Args: query (1, H, T, d); key, value (1, H_kv, T, d), all rotated to their positions. `attend(layer, query, key, value)`
+        gets them without the leading 1 and returns (T, H, d). (Without `attend`, the leading dimension is any N.)
     """
     if attend is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     return attend(module.layer_idx, query[0], key[0], value[0])[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("grouped", attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-def use_our_attention(qwen: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGeneration:
-    """Makes the text model's layers call `attention`; the vision tower keeps its own."""
-    qwen.model.language_model.config._attn_implementation = "grouped"
-    return qwen
-
-
 def text_states(qwen: Qwen2VLForConditionalGeneration, embeds: Tensor, position_ids: Tensor, attend) -> Tensor:
     """The text model's last states (T, D) of T tokens, embeds (T, D) at position_ids (3, T), that see what `attend` lets them."""
-    # A dict is taken as masks that are ready: none, because `attend` masks.
+    # A dict means that masks are ready made: there is none, because `attend` does the masking.
     return qwen.model.language_model(inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False,
                                      attention_mask={"full_attention": None}, attend=attend).last_hidden_state[0]
+
+
+def mask_from_lengths(lengths: Tensor, num_columns: int) -> Tensor:
+    """(rows,) lengths -> (rows, columns) bool. A completion's length includes its end token.
+
+    Masks come from lengths, never from `ids != pad`: pad may be an end token.
+    """
+    return torch.arange(num_columns, device=lengths.device) < lengths[:, None]
 
 
 class Ragged:
@@ -351,9 +356,9 @@ class Ragged:
 
     def __init__(self, lengths: Tensor):
         """lengths (rows,) int64, each >= 1."""
-        self.mask = completion_mask_from(lengths, int(lengths.max()))  # (rows, columns) bool; CPU-GPU sync
+        self.mask = mask_from_lengths(lengths, int(lengths.max()))  # (rows, columns) bool; CPU-GPU sync
         self.slots = self.mask.flatten().nonzero()[:, 0]  # (tokens,): where in the padded form each packed token is
-        self.ends = lengths.cumsum(0)  # (rows,): the packed index after each row's last token
+        self.last = lengths.cumsum(0) - 1  # (rows,): where in the packed form each row's last token is
 
     def pad(self, packed: Tensor) -> Tensor:  # (heads, tokens, d) -> (rows, heads, columns, d)
         heads, _, d = packed.shape
@@ -382,33 +387,32 @@ class SharedPrompts:
     """B prompts and the N completions that continue them as one sequence, [q_1 | .. | q_B | o_1 | .. | o_N], unpadded.
 
     Everything in the model but attention treats tokens one by one. So it runs on sum |q_b| + sum |o_n| tokens, not on
-    N (P + C): at P = 900, G = 8 and C = 512 that is 2.3 times fewer. Attention is split in two: prompts see themselves,
-    completions their prompt and themselves. As each completion starts at the position after its prompt, nothing in it can tell
-    that others share it: values and gradients are those of N separate rows (the prompt's gradient is their sum).
+    N (P + C): 3.1 times fewer at P = 900, G = 8 and C = 256. Attention is split in two: prompts see themselves, completions
+    see their prompt and themselves. A completion starts at the position after its prompt, exactly as in a row of its own, so
+    values and gradients are those of N separate rows (the prompt's gradient is their sum).
     """
 
     def __init__(self, prompt_lengths: Tensor, completion_lengths: Tensor, row_prompt: Tensor):
         self.prompts, self.completions, self.row_prompt = Ragged(prompt_lengths), Ragged(completion_lengths), row_prompt
-        self.num_prompt_tokens = len(self.prompts.slots)
+        self.sizes = [len(self.prompts.slots), len(self.completions.slots)]
         (N, C), device = self.completions.mask.shape, row_prompt.device
         own = torch.ones(C, C, dtype=torch.bool, device=device).tril()
         seen = self.prompts.mask[row_prompt]  # (N, P)
         self.mask = torch.cat([seen[:, None].expand(-1, C, -1), own.expand(N, -1, -1)], dim=2)[:, None]  # (N, 1, C, P + C)
         # The state that predicts a token is the one before it: for a completion's first token, its prompt's last.
-        before = torch.arange(len(self.completions.slots), device=device) + self.num_prompt_tokens - 1
-        first = self.completions.ends - completion_lengths
-        self.predictors = before.index_copy(0, first, self.prompts.ends[row_prompt] - 1)  # (M,) packed indices
+        before = torch.arange(self.sizes[1], device=device) + self.sizes[0] - 1
+        first = self.completions.last + 1 - completion_lengths
+        self.predictors = before.index_copy(0, first, self.prompts.last[row_prompt])  # (M,) packed indices
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Split attention over the packed sequence: (H, T, d) and (H_kv, T, d) twice -> (T, H, d)."""
-        sizes = [self.num_prompt_tokens, query.shape[1] - self.num_prompt_tokens]
-        (query_q, query_o), (key_q, key_o), (value_q, value_o) = (x.split(sizes, dim=1) for x in (query, key, value))
-        out_q, key_q, value_q = attend_causally(self.prompts, query_q, key_q, value_q)
-        query_o, key_o, value_o = (self.completions.pad(x) for x in (query_o, key_o, value_o))
-        key = torch.cat([key_q.index_select(0, self.row_prompt), key_o], dim=2)  # (N, H_kv, P + C, d)
-        value = torch.cat([value_q.index_select(0, self.row_prompt), value_o], dim=2)
-        out_o = F.scaled_dot_product_attention(query_o, *repeat_heads(query_o, key, value), attn_mask=self.mask)
-        return torch.cat([out_q, self.completions.pack(out_o)])
+        prompt, own = zip(*(x.split(self.sizes, dim=1) for x in (query, key, value)))
+        prompt_out, prompt_key, prompt_value = attend_causally(self.prompts, *prompt)
+        own_query, own_key, own_value = (self.completions.pad(x) for x in own)
+        key = torch.cat([prompt_key.index_select(0, self.row_prompt), own_key], dim=2)  # (N, H_kv, P + C, d)
+        value = torch.cat([prompt_value.index_select(0, self.row_prompt), own_value], dim=2)
+        own_out = F.scaled_dot_product_attention(own_query, *repeat_heads(own_query, key, value), attn_mask=self.mask)
+        return torch.cat([prompt_out, self.completions.pack(own_out)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,17 +473,22 @@ class Policy(nn.Module):
         return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
 
     def shared_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """The states (M, D) that predict the completions' tokens, from one sequence with each prompt in it once."""
+        """The states (M, D) that predict the completions' tokens, from one sequence with each prompt in it once.
+
+        Arguments as in `forward`; rows in their order, tokens in theirs.
+        """
         layout = SharedPrompts(prompts.lengths, completion_mask.sum(1), row_prompt)
         # Token t of a completion is at its prompt's next_position + t on all three axes.
-        own_positions = prompts.next_position[row_prompt, None] + torch.arange(completion_ids.shape[1], device=row_prompt.device)
-        embeds = torch.cat([embed_prompts(self.qwen, prompts), self.qwen.get_input_embeddings()(completion_ids[completion_mask])])
-        position_ids = torch.cat([prompts.position_ids, own_positions[completion_mask].expand(3, -1)], dim=1)  # (3, T)
+        steps = torch.arange(completion_ids.shape[1], device=completion_ids.device)
+        own_positions = (prompts.next_position[row_prompt, None] + steps)[completion_mask].expand(3, -1)  # (3, M)
+        own_embeds = self.qwen.get_input_embeddings()(completion_ids[completion_mask])  # (M, D)
+        embeds = torch.cat([embed_prompts(self.qwen, prompts), own_embeds])  # (T, D)
+        position_ids = torch.cat([prompts.position_ids, own_positions], dim=1)  # (3, T)
         COUNTS["learner_tokens"] += len(embeds)
         return text_states(self.qwen, embeds, position_ids, layout.attend).index_select(0, layout.predictors)
 
     def naive_states(self, prompts: Prompts, row_prompt: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """The same states from N sequences [q | o_n], padded on the right to one length: all that is shared is the vision pass."""
+        """The same states from N sequences [q | o_n], padded on the right; only the vision pass is shared. The oracle."""
         prompt_embeds = embed_prompts(self.qwen, prompts).split(prompts.lengths.tolist())
         prompt_positions = prompts.position_ids.split(prompts.lengths.tolist(), dim=1)
         embeds, position_ids = [], []
@@ -492,15 +501,11 @@ class Policy(nn.Module):
         position_ids = pad_sequence(position_ids, batch_first=True).permute(2, 0, 1)  # (3, N, P + C)
         COUNTS["learner_tokens"] += embeds.shape[:2].numel()
         # No mask: the model is causal, and there is nothing but padding behind a row's last token.
-        hidden = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids,
+                                                use_cache=False).last_hidden_state  # (N, P + C, D)
         # The state at a column predicts the next token: prompt tokens get no logits and no gradient of their own.
         before = prompts.lengths[row_prompt] - 1
         return torch.cat([row[i:i + m] for row, i, m in zip(hidden, before.tolist(), completion_mask.sum(1).tolist())])
-
-
-def completion_mask_from(lengths: Tensor, C: int) -> Tensor:
-    """(N,) lengths, end token included -> (N, C) bool. From lengths, never from `ids != pad`: pad may be an end token."""
-    return torch.arange(C, device=lengths.device) < lengths[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -594,24 +599,28 @@ def clock() -> float:
 def report(output_dir: Path, seconds: dict[str, float], tokens: dict[str, float], wall_s: float, device: torch.device) -> None:
     """Prints where the time of a run went, with peak memory and COUNTS, and writes it to report.json. Collective.
 
-    Args: seconds by phase, of this rank, summed over the run; tokens, for some of the phases, how many completion tokens of
-        all ranks went through it; wall_s, from the first step to the last.
+    Args: seconds by phase (data_s, ...), of this rank, summed over the run; tokens, for some of these phases, how many
+        completion tokens of all ranks went through it; wall_s, from before the first step to after the last. A resumed run
+        reports its own part.
     """
     counts = {name: int(count) for name, count in sum_over_ranks(COUNTS, device).items()}
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
+        import resource  # here, because only POSIX systems have it
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if dist.get_rank() == 0:
-        seconds = {**seconds, "other": wall_s - sum(seconds.values())}  # logging, checkpoints
-        rates = {phase: tokens[phase] / seconds[phase] for phase in tokens}
-        print(f"\n{'phase':10}{'seconds':>10}{'share':>8}{'tokens/s':>12}")
-        for phase, phase_s in seconds.items():
-            print(f"{phase:10}{phase_s:10.1f}{phase_s / wall_s:8.0%}" + (f"{rates[phase]:12,.0f}" if phase in rates else ""))
-        print(f"peak memory of rank 0: {peak / 2**30:.2f} GiB; all ranks: "
-              + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count))
-        (output_dir / "report.json").write_text(json.dumps({
-            "seconds": seconds, "tokens_per_s": rates, "peak_bytes": peak, "counts": counts}, indent=1) + "\n")
+    if dist.get_rank() > 0:
+        return
+    seconds = {**seconds, "other_s": wall_s - sum(seconds.values())}  # logging, checkpoints
+    rates = {phase: tokens[phase] / seconds[phase] for phase in tokens}
+    print(f"\n{'phase':10}{'seconds':>10}{'share':>8}{'tokens/s':>12}")
+    for phase, phase_s in seconds.items():
+        rate = f"{rates[phase]:12,.0f}" if phase in rates else ""
+        print(f"{phase.removesuffix('_s'):10}{phase_s:10.1f}{phase_s / wall_s:8.0%}{rate}")
+    print(f"peak memory of rank 0: {peak / 2**30:.2f} GiB; all ranks: "
+          + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count))
+    (output_dir / "report.json").write_text(json.dumps(
+        {"seconds": seconds, "tokens_per_s": rates, "peak_bytes": peak, "counts": counts}, indent=1) + "\n")
 
 
 def export(policy: Policy, tokenizer, source: str, output_dir: Path) -> None:

@@ -14,7 +14,7 @@ Letters: B prompts of a step on this rank, P prompt tokens, C response tokens.
 Where this departs from the published run, and why:
     1. No prompt token is trained; the published code's masks had them in.
     2. The mean is over the tokens of the whole step: ranks and micro-batches only split a sum.
-    3. An unreadable video gets weight 0 and is counted, never replaced.
+    3. An unreadable video is left out and counted, never replaced.
     4. The warm-up starts one step above 0: a step at rate 0 would be wasted.
 
 Reference: SEED-Bench-R1, arXiv 2503.24376.
@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, step_batch
-from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, completion_mask_from, export,
+from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, mask_from_lengths, export,
                    load_checkpoint, load_policy, load_tokenizer, max_over_ranks, open_run, parse_args, report, resolve_toy,
                    save_checkpoint, setup, sum_over_ranks)
 
@@ -57,7 +58,7 @@ class Args:
     warmup_ratio: float = arg(0.1, "part of the run in which the rate rises linearly to its peak; then a cosine to 0")
     weight_decay: float = arg(0.0, "AdamW's")
     max_grad_norm: float = arg(1.0, "global gradient norm is clipped to this")
-    micro_batch_size: int = arg(2, "records per forward and backward on one rank: memory against speed; results change by rounding only")
+    micro_batch_size: int = arg(2, "records per forward and backward on one rank: memory against speed, results differ by rounding")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
     # logging
@@ -105,7 +106,8 @@ def main(args: Args) -> Path:
                          "training_with_cot_6k.jsonl ('prompt' messages and a 'response')")
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
-    dataset = VideoDataset(samples, tokenizer, Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache), args.seed)
+    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
+    dataset = VideoDataset(samples, tokenizer, frames, args.seed)
 
     # 3 model
     policy = load_policy(args, device)
@@ -145,15 +147,16 @@ def main(args: Args) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = {"loss": 0.0, "entropy": 0.0}
-        batches = range(0, len(readable), args.micro_batch_size)
-        for i in batches:
-            part = slice(i, i + args.micro_batch_size)
-            prompts = collate_prompts(readable[part], device)
-            response_ids = torch.nn.utils.rnn.pad_sequence(responses[part], batch_first=True).to(device)  # (rows, C)
-            lengths = torch.tensor([len(response) for response in responses[part]], device=device)
-            mask = completion_mask_from(lengths, response_ids.shape[1])  # (rows, C) bool
+        batches = [slice(i, i + args.micro_batch_size) for i in range(0, len(readable), args.micro_batch_size)]
+        # Before the first pass, and here alone: ranks that waited for each other in different places would wait forever.
+        num_blanks = max_over_ranks(len(batches), device) - len(batches)
+        for rows in batches:
+            prompts = collate_prompts(readable[rows], device)
+            completion_ids = pad_sequence(responses[rows], batch_first=True).to(device)  # (rows, C)
+            lengths = torch.tensor([len(response) for response in responses[rows]], device=device)
+            mask = mask_from_lengths(lengths, completion_ids.shape[1])  # (rows, C) bool
             row_prompt = torch.arange(len(lengths), device=device)
-            logps, entropy = policy(prompts, row_prompt, response_ids, mask)  # (rows, C)
+            logps, entropy = policy(prompts, row_prompt, completion_ids, mask)  # (rows, C)
             # L = -sum_t log pi(o_t | q, o_<t) / number of response tokens in the step
             weights = mask / counts["tokens"]
             loss = -(logps * weights).sum()
@@ -161,17 +164,17 @@ def main(args: Args) -> Path:
             (loss * world_size).backward()
             sums["loss"] += loss.detach()
             sums["entropy"] += (entropy * weights).sum()
-        for _ in range(max_over_ranks(len(batches), device) - len(batches)):  # collective: as many passes as the others
+        for _ in range(num_blanks):  # collective: every rank runs as many passes as the others
             (0 * policy(*blank)[0].sum()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; start again with a lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad()
+        seconds["update_s"] = clock() - start - sum(seconds.values())
 
         # 6f log
         sums = sum_over_ranks(sums, device)
-        seconds["update_s"] = clock() - start - sum(seconds.values())
         step_s = sum(seconds.values())
         if rank == 0:
             append_jsonl(output_dir / "metrics.jsonl", {
@@ -179,9 +182,8 @@ def main(args: Args) -> Path:
                 "tokens_per_s": counts["tokens"] / step_s, "step_s": step_s, **seconds})
             progress.set_postfix_str(f"loss {sums['loss']:.3f} grad {grad_norm:.2f} lr {lr:.1e}")
             progress.update()
-        for name, phase_s in seconds.items():
-            total_s[name.removesuffix("_s")] += phase_s
-        total_tokens["update"] += counts["tokens"]
+        total_s.update(seconds)  # a Counter adds
+        total_tokens.update(update_s=counts["tokens"])
         if args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(output_dir, step + 1, policy, optimizer)
         start = clock()

@@ -461,7 +461,7 @@ def rebuild_base(folder: Path = BASE) -> None:
     import torch
     from tqdm import trange
 
-    from model import Policy, collate_prompts, completion_mask_from
+    from model import Policy, collate_prompts, mask_from_lengths
 
     torch.set_num_threads(2)
     tokenizer = make_tokenizer()
@@ -475,7 +475,7 @@ def rebuild_base(folder: Path = BASE) -> None:
         pairs = [pretraining_pair(rng, pixel_rng, tokenizer, i < num_warm, step >= WARM_STEPS) for i in range(PRE_BATCH)]
         lengths = torch.tensor([len(ids) for _, ids in pairs])
         completion_ids = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for _, ids in pairs])  # (B, C)
-        mask = completion_mask_from(lengths, completion_ids.shape[1])
+        mask = mask_from_lengths(lengths, completion_ids.shape[1])
         prompts = collate_prompts([example for example, _ in pairs], torch.device("cpu"))
         logps, _ = policy(prompts, torch.arange(PRE_BATCH), completion_ids, mask)
         loss = -logps.sum() / mask.sum()

@@ -1,15 +1,15 @@
 """Seconds, bytes and exact counts of the two phases of a GRPO step, each beside the usual way of doing the same.
 
-    python tests/bench.py                          # on a CPU, a quarter of an hour; prints a table, writes docs/bench.json
+    python tests/bench.py                          # all but B5 on a CPU, ten minutes: prints a table, writes docs/bench.json
     python tests/bench.py --only B1 B3 --rounds 9
     python tests/bench.py --trl ENV/bin/python     # B5 as well; ENV has trl and torchvision, and this project's packages
-    python tests/bench.py --shape 7B               # on a GPU: random weights in Qwen2-VL-7B's shapes, bf16 (never run)
+    python tests/bench.py --shape 7B               # on a GPU: random weights in Qwen2-VL-7B's shapes, bf16 (never run so far)
 
-On a CPU the model is the toy world's base, one million weights, but prompts are as long as the paper's: P = 900 tokens, 729
-of them vision (16 frames and an image of 252 pixels), G = 8 completions. A model so small spends its time otherwise than a large one on a
-GPU does, so no ratio from here says anything about a GPU; the counts do. Both sides of a ratio have the same weights and the same token counts
-(the end token is off), and take turns: first one, then the other, in every round. Ratios are medians over rounds of the ratio within
-a round, with the smallest and the largest.
+On a CPU the model is the toy world's base, one million weights, but prompts are as long as the paper's: P = 900 tokens, 729 of
+them vision (16 frames and an image of 252 pixels), G = 8 completions. A model this small spends its time differently from a
+large one on a GPU, so no ratio from here says anything about a GPU; the counts do. Both sides of a ratio have the same weights
+and the same token counts (the end token is off), and take turns: first one, then the other, in every round. Ratios are medians
+over rounds of the ratio within a round, with the smallest and the largest.
 
 What is compared: B1 sampling, B2 decoding against the memory's bandwidth (GPU), B3 learning, B4 memory of log-probs, B5 a
 whole step of TRL's, B6 collectives while sampling, B7 growth with frames, group size and completion length.
@@ -37,14 +37,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy  # noqa: E402
 from data import Example, patchify, rope_positions  # noqa: E402
 from grpo_video import generate  # noqa: E402
-from model import (COUNTS, Policy, collate_prompts, copy_weights, load_actor, load_policy, make_actor, setup, token_logps,  # noqa: E402
-                   vision_token_ids)
+from model import (COUNTS, Policy, clock, collate_prompts, copy_weights, load_actor, load_policy, make_actor,  # noqa: E402
+                   setup, token_logps, use_our_attention, vision_token_ids)
 
 P, G = 900, 8
-BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}  # bytes/s, data sheets
-SHAPES = {  # of Qwen/Qwen2-VL-*-Instruct's config.json
-    "2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie=True),
-    "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie=False)}
+# Bytes a second, from data sheets, by the name that torch gives the GPU.
+BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}
+# From config.json of Qwen/Qwen2-VL-2B-Instruct and -7B-Instruct.
+SHAPES = {"2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+                     vocab_size=151936, tie_word_embeddings=True),
+          "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+                     vocab_size=152064, tie_word_embeddings=False)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,14 +56,14 @@ SHAPES = {  # of Qwen/Qwen2-VL-*-Instruct's config.json
 def load_qwen(shape: str, device: torch.device):
     if shape == "toy":
         return load_actor(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
-    s = dict(SHAPES[shape])
-    tie, hidden = s.pop("tie"), s["hidden_size"]
+    text = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = Qwen2VLConfig(
-        text_config={**s, "num_hidden_layers": 28, "rope_parameters": rope, "tie_word_embeddings": tie, "use_sliding_window": False},
-        vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=hidden), tie_word_embeddings=tie)
+    config = Qwen2VLConfig(text_config={**text, "num_hidden_layers": 28, "rope_parameters": rope, "use_sliding_window": False},
+                           vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=text["hidden_size"]),
+                           tie_word_embeddings=text["tie_word_embeddings"])
     with device:
-        return Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+        qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    return use_our_attention(qwen).eval().requires_grad_(False)
 
 
 def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, image_size: int = 252):
@@ -71,14 +74,14 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
         pieces, pixels = [], {}
         for name, count, token in (("videos", frames, config.video_token_id), ("image", 1, config.image_token_id)):
             if count:
-                pixels[name] = patchify(torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8).numpy())
+                frame_bytes = torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8)
+                pixels[name] = patchify(frame_bytes.numpy())
                 run = torch.full((len(pixels[name][0]) // 4,), token)
                 pieces += [torch.tensor([config.vision_start_token_id]), run, torch.tensor([config.vision_end_token_id])]
         pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
         ids = torch.cat(pieces)
         positions = rope_positions(ids, [grid for _, grid in pixels.values()], config.image_token_id, config.video_token_id)
-        example = Example(None, (), "", "", ids, positions, *pixels.get("videos", (None, None)), *pixels["image"])
-        examples.append(example)
+        examples.append(Example(None, (), "", "", ids, positions, *pixels.get("videos", (None, None)), *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
 
 
@@ -90,12 +93,6 @@ def random_rows(qwen, num_rows: int, C: int):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
 
 def count(run, *models) -> dict[str, int]:
     """What one call of `run` puts through the models, seen from outside: by hooks, and by COUNTS where no module is called."""
@@ -152,29 +149,27 @@ def take_turns(sides: dict, rounds: int, title: str) -> dict[str, list[float]]:
     return seconds
 
 
+def table_row(id: str, what: str, sides: dict[str, list[float]], unit: str = "s", ratios=None, aim=None, counts=None) -> dict:
+    """One row of the table: what each side took in every round, and the ratios if there are any: median, least, most."""
+    spread = [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None
+    return {"id": id, "what": what, "unit": unit, "sides": sides, "ratio": spread, "aim": aim, "counts": counts or {}}
+
+
 def compare(id: str, what: str, sides: dict, rounds: int, aim: float | None, counts: dict) -> dict:
-    """One row of the table: the first side over the last."""
+    """The row of two sides that take turns: the first over the second."""
     seconds = take_turns(sides, rounds, f"{id} {what}")
-    first, last = list(sides)[0], list(sides)[-1]
-    ratios = [a / b for a, b in zip(seconds[first], seconds[last])]
-    return {"id": id, "what": what, "unit": "s", "sides": seconds, "ratio": spread(ratios), "aim": aim, "counts": counts}
-
-
-def spread(values: list[float]) -> list[float]:
-    return [statistics.median(values), min(values), max(values)]
+    ratios = [a / b for a, b in zip(*seconds.values())]
+    return table_row(id, what, seconds, ratios=ratios, aim=aim, counts=counts)
 
 
 def show(row: dict) -> None:
-    def number(values):
-        return f"{statistics.median(values):.3g} {row['unit']}"
-
-    text = f"{row['id']}  {row['what']:44} " + " | ".join(f"{name} {number(values)}" for name, values in row["sides"].items())
-    if row.get("ratio"):
+    parts = [f"{name} {statistics.median(values):.3g} {row['unit']}" for name, values in row["sides"].items()]
+    if row["ratio"]:
         median, low, high = row["ratio"]
-        text += f" | {median:.2f}x ({low:.2f} to {high:.2f})" + (f", aim {row['aim']}x" if row["aim"] else "")
-    print(text)
+        parts.append(f"{median:.2f}x ({low:.2f} to {high:.2f})" + (f", aim {row['aim']}x" if row["aim"] else ""))
+    print(f"{row['id']}  {row['what']:44} " + " | ".join(parts))
     for side, counts in row["counts"].items():
-        print(f"      {side}: " + ", ".join(f"{value:,} {name}" if isinstance(value, int) else f"{value} {name}" for name, value in counts.items()))
+        print(f"      {side}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items() if value is not None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,45 +183,51 @@ def hf_generate(qwen, example, C: int):
     types = (ids == qwen.config.image_token_id).int() + 2 * (ids == qwen.config.video_token_id).int()
     names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
     pixels = {name: getattr(example, name).to(qwen.device) for name in names}
-    out = qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, generation_config=config, **pixels)
+    out = qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types,
+                        generation_config=config, **pixels)
     assert out.shape == (G, ids.shape[1] + C)
 
 
-def sampler(qwen, prompts, C: int, graphs=None):
-    banned = vision_token_ids(qwen, qwen.device)
+def sampler(qwen, prompts, C: int, G: int = G, graphs=None):
+    """A call that samples G completions of C tokens for each prompt."""
+    banned, no_end = vision_token_ids(qwen, qwen.device), torch.tensor([], dtype=torch.int64, device=qwen.device)
+    seeds = list(range(len(prompts.lengths)))
 
     def run():
-        ids, _, _ = generate(qwen, prompts, G, C, 1.0, list(range(len(prompts.lengths))), [], banned, graphs)
-        assert ids.shape == (len(prompts.lengths) * G, C)
+        ids, _, _ = generate(qwen, prompts, G, C, 1.0, seeds, no_end, banned, graphs)
+        assert ids.shape == (len(seeds) * G, C)
     return run
 
 
 def b1(qwen, args):
+    """Sampling by Hugging Face's generate, a group at a time, over ours."""
     graphs = {} if args.cuda_graph else None
     gpu = qwen.device.type == "cuda"
     for num_prompts, C, aim in ((1, 64, 6 if gpu else 2.5), (1, 256, 6 if gpu else 1.8), (8, 64, 15 if gpu else None)):
         examples, prompts = make_prompts(qwen, num_prompts)
-        sides = {"generate": lambda: [hf_generate(qwen, example, C) for example in examples], "ours": sampler(qwen, prompts, C, graphs)}
+        sides = {"generate": lambda: [hf_generate(qwen, example, C) for example in examples],
+                 "ours": sampler(qwen, prompts, C, graphs=graphs)}
         yield compare("B1", f"sampling, {num_prompts * G} rows x {C} tokens", sides, args.rounds, aim,
                       {name: count(run, qwen) for name, run in sides.items()})
 
 
 def b2(qwen, args):
+    """A decode step over the time in which a GPU can read the weights once."""
     if qwen.device.type != "cuda":
         return
     graphs = {} if args.cuda_graph else None
+    weights = sum(p.nbytes for p in (*qwen.model.language_model.layers.parameters(), qwen.lm_head.weight))
+    floor = weights / BANDWIDTH[torch.cuda.get_device_name()]
     for num_prompts in (1, 8):
         _, prompts = make_prompts(qwen, num_prompts)
-        seconds = take_turns({C: sampler(qwen, prompts, C, graphs) for C in (1, 65)}, args.rounds, "B2")
+        seconds = take_turns({C: sampler(qwen, prompts, C, graphs=graphs) for C in (1, 65)}, args.rounds, "B2")
         steps = [(b - a) / 64 for a, b in zip(seconds[1], seconds[65])]
-        weights = sum(p.nbytes for p in (*qwen.model.language_model.layers.parameters(), qwen.lm_head.weight))
-        bandwidth = BANDWIDTH[torch.cuda.get_device_name()]
-        yield {"id": "B2", "what": f"one decode step over its floor, {num_prompts * G} rows", "unit": "s", "aim": 1.5,
-               "sides": {"step": steps, "floor": [weights / bandwidth]}, "ratio": spread([s * bandwidth / weights for s in steps]),
-               "counts": {"read": {"bytes of weights": weights}}}
+        yield table_row("B2", f"one decode step over its floor, {num_prompts * G} rows", {"step": steps, "floor": [floor]},
+                        ratios=[step / floor for step in steps], aim=1.5, counts={"read": {"bytes of weights": weights}})
 
 
 def learner(qwen, naive: bool, prompts, num_rows: int, C: int):
+    """A call that computes log-probs of C tokens in each row and their gradients."""
     policy = Policy(qwen, qwen.dtype, naive)
     ids, mask = random_rows(qwen, num_rows, C)
     row_prompt = torch.arange(num_rows, device=qwen.device) // (num_rows // len(prompts.lengths))
@@ -239,6 +240,7 @@ def learner(qwen, naive: bool, prompts, num_rows: int, C: int):
 
 
 def b3(qwen, args):
+    """Learning a group as padded rows over learning it as one sequence, vision included."""
     _, prompts = make_prompts(qwen)
     qwen.requires_grad_(True)
     for C, aim in ((256, 2.2 if qwen.device.type == "cuda" else 2.3), (64, None)):
@@ -249,6 +251,7 @@ def b3(qwen, args):
 
 
 def b4(qwen, args):
+    """Peak memory of log-probs from all logits at once over that from chunks, forward and backward."""
     V, C, D = 152064, 8 * 512, 128
     hidden = torch.randn(C, D, device=qwen.device, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(V, D, device=qwen.device, dtype=torch.bfloat16).requires_grad_()
@@ -270,17 +273,19 @@ def b4(qwen, args):
             hidden.grad = weight.grad = None
             peaks[name] = peak_bytes(run, qwen.device)
     if None not in peaks.values():
-        yield {"id": "B4", "what": "peak of log-probs and entropy, V 152,064, 8 x 512", "unit": "bytes", "aim": 8,
-               "sides": {name: [peak] for name, peak in peaks.items()}, "ratio": spread([peaks["full"] / peaks["ours"]]), "counts": {}}
+        yield table_row("B4", "log-probs and entropy, V 152,064, 8 x 512", {name: [peak] for name, peak in peaks.items()}, "bytes",
+                        [peaks["full"] / peaks["ours"]], aim=8)
 
 
 def b5(qwen, args):
+    """A whole step of TRL's GRPOTrainer over one of ours."""
     if args.trl:
         command = [args.trl, str(Path(__file__).with_name("bench_trl.py")), str(args.rounds)]
         yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def b6(qwen, args):
+    """Collectives of a rollout on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "--collectives"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
@@ -304,44 +309,35 @@ def collectives() -> None:
         return sum(event.count for event in profiled.key_averages() if event.key.startswith(("gloo:", "nccl:")))
 
     ids, mask = random_rows(actor, G, 4)
-    counts = {"rollout of 32 tokens": collectives_in(lambda: rollout(32)), "rollout of 64 tokens": collectives_in(lambda: rollout(64)),
+    counts = {"in a rollout of 32 tokens": collectives_in(lambda: rollout(32)),
+              "in a rollout of 64 tokens": collectives_in(lambda: rollout(64)),
               "of these in sampling": collectives_in(sampler(actor, prompts, 32)),
-              "sharded forward pass": collectives_in(lambda: policy(prompts, torch.zeros(G, dtype=torch.int64), ids, mask))}
+              "in a sharded forward pass": collectives_in(lambda: policy(prompts, torch.zeros(G, dtype=torch.int64), ids, mask))}
     if rank == 0:
-        print(json.dumps({"id": "B6", "what": "collectives on 2 ranks", "unit": "", "sides": {}, "ratio": None, "aim": None,
-                          "counts": {"ours": counts}}))
+        print(json.dumps(table_row("B6", "collectives on 2 ranks", {}, "", counts={"ours": counts})))
     torch.distributed.destroy_process_group()
 
 
 def b7(qwen, args):
+    """How seconds and bytes grow with frames, group size and completion length, beside the arithmetic."""
     base, first = dict(frames=16, rows=8, C=128), {}  # first: seconds and GFLOP of the row that the others are compared with
     for change in ({}, dict(frames=8), dict(frames=32), dict(rows=4), dict(rows=16), dict(C=512)):
-        c = {**base, **change}
-        # 171 tokens are not the video's; two frames are 81 tokens.
-        _, prompts = make_prompts(qwen, frames=c["frames"], length=P - 648 + c["frames"] // 2 * 81)
-        sample = partial_group(qwen, prompts, c["rows"], c["C"])
+        frames, rows, C = {**base, **change}.values()
+        _, prompts = make_prompts(qwen, frames=frames, length=P + (frames - 16) // 2 * 81)  # two frames are 81 tokens
         qwen.requires_grad_(True)
-        learn = learner(qwen, False, prompts, c["rows"], c["C"])
-        sides, counts = {"sampling": sample, "learning": learn}, {}
+        sides, counts = {"sampling": sampler(qwen, prompts, C, rows), "learning": learner(qwen, False, prompts, rows, C)}, {}
         seconds = take_turns(sides, args.rounds, "B7")
         for name, run in sides.items():
-            now = statistics.median(seconds[name]), gflop(qwen, name, prompts, c["rows"], c["C"])
+            now = statistics.median(seconds[name]), gflop(qwen, name, prompts, rows, C)
             growth, predicted = (a / b for a, b in zip(now, first.setdefault(name, now)))
             counts[name] = {**count(run, qwen), "GFLOP by arithmetic": round(now[1], 1), "bytes at most": peak_bytes(run, qwen.device),
                             "times the first row's seconds": round(growth, 2), "times its GFLOP": round(predicted, 2)}
         qwen.requires_grad_(False)
-        yield {"id": "B7", "what": f"{c['frames']} frames, G {c['rows']}, C {c['C']}", "unit": "s", "sides": seconds, "ratio": None,
-               "aim": None, "counts": counts}
-
-
-def partial_group(qwen, prompts, rows: int, C: int):
-    def run():
-        generate(qwen, prompts, rows, C, 1.0, [0], [], vision_token_ids(qwen, qwen.device))
-    return run
+        yield table_row("B7", f"{frames} frames, G {rows}, C {C}", seconds, counts=counts)
 
 
 def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
-    """Matrix products of a phase: 2 per weight and token, and 4 H d per pair of tokens that attention looks at; learning 3 times that."""
+    """Matrix products of a phase: 2 per weight and token, 4 H d per pair of tokens in attention; with backward, 3 times that."""
     text, vision = qwen.config.text_config, qwen.config.vision_config
     tokens, S = len(prompts.ids), len(prompts.pixel_values)
     weights = sum(p.numel() for p in qwen.model.language_model.layers.parameters())
@@ -359,7 +355,8 @@ def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
 def machine() -> dict:
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), model)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
     return {"cpu": model, "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__}
@@ -386,7 +383,8 @@ def main() -> None:
         for row in benches[name](qwen, args):
             rows.append(row)
             show(row)
-    Path(args.output).write_text(json.dumps({"machine": machine(), "shape": args.shape, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+    found = {"machine": machine(), "shape": args.shape, "rounds": args.rounds, "rows": rows}
+    Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

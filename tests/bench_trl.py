@@ -22,7 +22,7 @@ from transformers import (AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2V
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import toy  # noqa: E402
-from bench import count, spread  # noqa: E402
+from bench import count, table_row  # noqa: E402
 from data import Example, patchify, rope_positions  # noqa: E402
 from grpo_video import generate, group_advantages, grpo_token_loss, token_weights  # noqa: E402
 from model import collate_prompts, copy_weights, load_policy, make_actor, setup, vision_token_ids  # noqa: E402
@@ -31,7 +31,7 @@ B, G, C, LEARNING_RATE = 2, 8, 64, 1e-6
 REWARDS = torch.arange(B * G) % 2  # half of each group is right
 
 
-class TakeTurns(TrainerCallback):
+class Interleave(TrainerCallback):
     """After each of TRL's steps, one of ours."""
 
     def __init__(self):
@@ -48,14 +48,15 @@ class TakeTurns(TrainerCallback):
 
 
 def our_step(prompts):
+    """A call that makes one step of ours, and the two models that take part: the policy and the actor."""
     device = setup()[2]
     policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False), device)
     actor = make_actor(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    banned = vision_token_ids(actor, device)
+    banned, no_end = vision_token_ids(actor, device), torch.tensor([], dtype=torch.int64)
 
     def step():
-        ids, lengths, _ = generate(actor, prompts, G, C, 1.0, list(range(B)), [], banned)
+        ids, lengths, _ = generate(actor, prompts, G, C, 1.0, list(range(B)), no_end, banned)
         assert ids.shape == (B * G, C)
         mask = torch.ones_like(ids, dtype=torch.bool)
         advantages = group_advantages(REWARDS.float().view(B, G)).flatten()
@@ -79,8 +80,8 @@ def main(rounds: int) -> None:
     rng = np.random.default_rng(0)
     images = [[Image.fromarray(rng.integers(0, 256, (252, 252, 3), dtype=np.uint8)) for _ in range(9)] for _ in range(B)]
     text = " ".join(["I see wash pot ."] * 24)
-    dataset = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "images": i} for i in images])
-    turns = TakeTurns()
+    dataset = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "images": nine} for nine in images])
+    turns = Interleave()
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder, per_device_train_batch_size=B * G, num_generations=G, max_completion_length=C, max_steps=rounds + 1,
@@ -92,12 +93,14 @@ def main(rounds: int) -> None:
                                   train_dataset=dataset, processing_class=processor, callbacks=[turns])
         # Our prompts are the tokens that TRL's processor makes; patches and positions are ours.
         examples = []
-        for i in images:
-            message = [{"role": "user", "content": [*({"type": "image", "image": image} for image in i), {"type": "text", "text": text}]}]
-            ids = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"][0]
-            patches, grids = zip(*(patchify(np.asarray(image)[None]) for image in i))
+        for nine in images:
+            content = [*({"type": "image", "image": image} for image in nine), {"type": "text", "text": text}]
+            ids = processor.apply_chat_template([[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True,
+                                                return_dict=True, return_tensors="pt")["input_ids"][0]
+            patches, grids = zip(*(patchify(np.asarray(image)[None]) for image in nine))
             positions = rope_positions(ids, list(grids), model.config.image_token_id, model.config.video_token_id)
-            examples.append(Example(None, (), "", "", ids, positions, pixel_values=torch.cat(patches), image_grid_thw=torch.cat(grids)))
+            examples.append(Example(None, (), "", "", ids, positions, pixel_values=torch.cat(patches),
+                                    image_grid_thw=torch.cat(grids)))
         prompts = collate_prompts(examples, torch.device("cpu"))
         turns.step, policy, actor = our_step(prompts)
         trainer.train()
@@ -108,9 +111,10 @@ def main(rounds: int) -> None:
         del side["logits"]  # TRL does not take all of its logits from the lm_head module, where they could be counted
     seconds = {name: values[1:] for name, values in turns.seconds.items()}  # the first round warms up
     ratios = [a / b for a, b in zip(seconds["TRL"], seconds["ours"])]
-    print(json.dumps({"id": "B5", "what": f"whole step, {B} x {G} rows x {C} tokens, P = {prompts.lengths[0]}", "unit": "s",
-                      "sides": seconds, "ratio": spread(ratios), "aim": 3, "counts": counts,
-                      "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}}))
+    row = table_row("B5", f"whole step, {B} x {G} rows x {C} tokens, P = {prompts.lengths[0]}", seconds, ratios=ratios, aim=3,
+                    counts=counts)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    print(json.dumps({**row, "versions": versions}))
 
 
 if __name__ == "__main__":

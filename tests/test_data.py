@@ -533,10 +533,37 @@ def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
     assert np.array_equal(first, again) and np.array_equal(first, data.read_video(path, frames))
     assert [file.suffix for file in cache.iterdir()] == [".npy"]  # whole files only
     del decoded[:]
-    data.cached_video(path, replace(frames, image_size=56))
-    os.utime(path, (0, 0))  # the file was changed
-    data.cached_video(path, frames)
-    assert len(decoded) == 2
+    for change in (dict(image_size=56), dict(num_frames=6), dict(min_frames=2), dict(fps=1.0)):
+        data.cached_video(path, replace(frames, **change))
+    assert len(decoded) == 4
+    for timestamp, content in ((0, path.read_bytes()), (0, path.read_bytes() + b"more")):  # the file was changed
+        path.write_bytes(content)
+        os.utime(path, (timestamp, timestamp))
+        data.cached_video(path, frames)
+    assert len(decoded) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY"])
+def test_damaged_cache_files_are_made_again(broken, tmp_path, damage):
+    frames = Frames(image_size=28, num_frames=4, cache=str(tmp_path))
+    first = data.cached_video(broken / "good.mp4", frames)
+    cached, = tmp_path.iterdir()
+    cached.write_bytes(damage)
+    assert np.array_equal(data.cached_video(broken / "good.mp4", frames), first)
+    assert np.array_equal(np.load(cached), first)
+
+
+def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
+    frames = Frames(image_size=28, num_frames=4, cache=str(tmp_path))
+
+    def full_disk(file, pixels):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        data.cached_video(broken / "good.mp4", frames)
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_unreadable_clips_are_not_cached(broken, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_video import Args, format_reward, group_advantages, grpo_token_loss, token_weights
-from model import completion_mask_from
+from model import mask_from_lengths
 
 
 def random_batch(seed, N=6, C=5):
@@ -89,7 +89,7 @@ def test_clip_low_and_clip_high_are_not_mixed_up():
 
 def test_at_ratio_one_the_gradient_is_reinforce():
     logps, _, _, advantages, lengths = random_batch(1)
-    weights = token_weights(completion_mask_from(lengths, logps.shape[1]), "sequence_mean", len(logps), lengths.sum(), 5)
+    weights = token_weights(mask_from_lengths(lengths, logps.shape[1]), "sequence_mean", len(logps), lengths.sum(), 5)
     ours, reinforce = (logps.clone().requires_grad_() for _ in range(2))
     (grpo_token_loss(ours, ours.detach(), None, advantages, 0.2, 0.2, 0.0)[0] * weights).sum().backward()
     (-advantages[:, None] * reinforce * weights).sum().backward()
@@ -108,7 +108,7 @@ def sequence_logps(theta):
     table = theta.log_softmax(-1)
     logps = torch.stack([torch.stack([table[0, s[0]], table[1 + s[0], s[1]] if len(s) == 2 else table[0, 0] * 0])
                          for s in SEQUENCES])
-    return logps, completion_mask_from(torch.tensor([len(s) for s in SEQUENCES]), 2)
+    return logps, mask_from_lengths(torch.tensor([len(s) for s in SEQUENCES]), 2)
 
 
 def random_theta(seed):
@@ -171,7 +171,7 @@ def test_k3_gradient():
 @pytest.mark.parametrize("loss_agg", ["sequence_mean", "token_mean", "constant"])
 def test_token_weights_equal_a_loop(loss_agg):
     logps, _, _, _, lengths = random_batch(5)
-    mask = completion_mask_from(lengths, 5)
+    mask = mask_from_lengths(lengths, 5)
     got = (token_weights(mask, loss_agg, len(lengths), lengths.sum().item(), 7) * logps).sum().item()
     rows = [[logps[i, t].item() for t in range(n)] for i, n in enumerate(lengths.tolist())]
     expected = {"sequence_mean": sum(sum(row) / len(row) for row in rows) / len(rows),
@@ -184,21 +184,21 @@ def test_token_weights_equal_a_loop(loss_agg):
 def test_weights_do_not_depend_on_the_split_or_on_padding(loss_agg):
     lengths = torch.tensor([1, 5, 3, 2])
     counts = (len(lengths), lengths.sum().item(), 9)
-    whole = token_weights(completion_mask_from(lengths, 5), loss_agg, *counts)
-    parts = torch.cat([token_weights(completion_mask_from(part, 5), loss_agg, *counts) for part in lengths.split([1, 3])])
-    padded = token_weights(completion_mask_from(lengths, 8), loss_agg, *counts)
+    whole = token_weights(mask_from_lengths(lengths, 5), loss_agg, *counts)
+    parts = torch.cat([token_weights(mask_from_lengths(part, 5), loss_agg, *counts) for part in lengths.split([1, 3])])
+    padded = token_weights(mask_from_lengths(lengths, 8), loss_agg, *counts)
     assert torch.equal(whole, parts) and torch.equal(whole, padded[:, :5]) and not padded[:, 5:].any()
 
 
 def test_rows_left_out_weigh_nothing():
-    mask = completion_mask_from(torch.tensor([3, 2]), 4) & torch.tensor([[True], [False]])
+    mask = mask_from_lengths(torch.tensor([3, 2]), 4) & torch.tensor([[True], [False]])
     for loss_agg in ("sequence_mean", "token_mean", "constant"):
         weights = token_weights(mask, loss_agg, 1, 3, 4)
         assert weights.isfinite().all() and not weights[1].any() and weights[0, :3].all()
 
 
 def test_mask_has_the_end_token_and_nothing_after_it():
-    assert completion_mask_from(torch.tensor([1, 3]), 4).tolist() == [[True, False, False, False], [True, True, True, False]]
+    assert mask_from_lengths(torch.tensor([1, 3]), 4).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

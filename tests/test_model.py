@@ -1,5 +1,7 @@
 """Qwen2-VL under our hands against Hugging Face's own forward, generate and save: log-probs, sampling, weights, files."""
 import copy
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 
 import model as model_module
 import toy
-from grpo_video import Decoder, completion_text, generate
-from model import (COUNTS, Policy, SharedPrompts, blank_batch, collate_prompts, completion_mask_from, copy_weights, end_token_ids, export, load_actor,
+from grpo_video import TOY, Args, Decoder, completion_text, generate, sample_groups
+from model import (COUNTS, Policy, SharedPrompts, blank_batch, collate_prompts, mask_from_lengths, copy_weights, end_token_ids, export, load_actor,
                    load_policy, make_actor, token_logps, vision_token_ids)
 
 
@@ -33,12 +35,12 @@ def qwen64(device):
 def sample(qwen, tokenizer, examples, G=4, C=24, temperature=1.0, seeds=None):
     prompts = collate_prompts(examples, qwen.device)
     seeds = (seeds or range(len(examples))) if temperature else None
-    return prompts, *generate(qwen, prompts, G, C, temperature, seeds, end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device))
+    return prompts, *generate(qwen, prompts, G, C, temperature, seeds, end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device))
 
 
 def teacher_forced(qwen, prompts, ids, lengths, G, temperature=1.0):
     policy = Policy(qwen, next(qwen.parameters()).dtype)
-    return policy(prompts, torch.arange(len(ids)) // G, ids, completion_mask_from(lengths, ids.shape[1]), temperature,
+    return policy(prompts, torch.arange(len(ids)) // G, ids, mask_from_lengths(lengths, ids.shape[1]), temperature,
                   vision_token_ids(qwen, qwen.device))
 
 
@@ -65,7 +67,7 @@ def test_sampled_logps_equal_teacher_forced_ones(qwen, tokenizer, ragged, temper
     prompts, ids, lengths, logps = sample(qwen, tokenizer, ragged, C=24, temperature=temperature)
     assert len(set(lengths.tolist())) > 1, "completions of equal length would not test the mask"
     forced, _ = teacher_forced(qwen, prompts, ids, lengths, G=4, temperature=temperature)
-    mask = completion_mask_from(lengths, ids.shape[1])
+    mask = mask_from_lengths(lengths, ids.shape[1])
     torch.testing.assert_close(logps[mask], forced[mask].detach(), rtol=0, atol=2e-5)
     assert not forced[~mask].any()
 
@@ -114,7 +116,7 @@ def test_gradients_equal_hugging_faces_and_prompt_tokens_are_not_trained(qwen64,
 
 def test_micro_batches_and_padding_change_neither_logps_nor_gradients(qwen64, tokenizer, ragged):
     prompts, ids, lengths, _ = sample(qwen64, tokenizer, ragged, G=2)
-    mask = completion_mask_from(lengths, ids.shape[1])
+    mask = mask_from_lengths(lengths, ids.shape[1])
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * mask
     whole, split = (Policy(copy.deepcopy(qwen64).requires_grad_(), torch.float64) for _ in range(2))
     logps, _ = whole(prompts, torch.arange(8) // 2, ids, mask)
@@ -130,7 +132,7 @@ def test_micro_batches_and_padding_change_neither_logps_nor_gradients(qwen64, to
 def test_what_stands_behind_the_end_token_does_not_matter(qwen, tokenizer, ragged):
     prompts, ids, lengths, _ = sample(qwen, tokenizer, ragged, G=2)
     lengths = lengths.clamp(max=5)
-    mask = completion_mask_from(lengths, ids.shape[1])
+    mask = mask_from_lengths(lengths, ids.shape[1])
     garbage = torch.where(mask, ids, torch.randint(0, 300, ids.shape, generator=torch.Generator().manual_seed(0)))
     assert not torch.equal(garbage, ids)
     torch.testing.assert_close(*(teacher_forced(qwen, prompts, x, lengths, G=2)[0] for x in (ids, garbage)), rtol=0, atol=0)
@@ -174,9 +176,13 @@ def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
             sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
             return out
 
+    kept = []  # what is saved for the backward pass: hidden states and targets, but no logits
     with Sizes():
-        token_logps(hidden, weight, torch.zeros(64, dtype=torch.int64), banned_ids=torch.tensor([5]))[0].sum().backward()
-    assert max(sizes) == 8 * 1000
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            logps, entropy = token_logps(hidden, weight, torch.zeros(64, dtype=torch.int64), banned_ids=torch.tensor([5]))
+        logps.sum().backward()
+    assert max(sizes) == 8 * 1000 and sum(kept) < 8 * 1000
+    assert not entropy.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def mixed(qwen64, tokenizer, ragged):
     ids = torch.randint(0, 300, (9, 12), generator=torch.Generator().manual_seed(0))
     ids[torch.arange(9), lengths - 1] = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids[8, -1] = 7
-    return prompts, row_prompt, ids, completion_mask_from(lengths, 12)
+    return prompts, row_prompt, ids, mask_from_lengths(lengths, 12)
 
 
 def test_shared_prompts_equal_naive_rows(qwen64, mixed):
@@ -247,7 +253,7 @@ def test_greedy_equals_hugging_face_generate(qwen, tokenizer, ragged):
     short = [e for e in ragged if e.video_grid_thw is None or e.video_grid_thw[0, 0] <= 2]
     assert {e.video_grid_thw is None for e in short} == {True, False}
     _, ids, lengths, _ = sample(qwen, tokenizer, short, G=1, C=32, temperature=0.0)
-    plain = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=end_token_ids(qwen, tokenizer),
+    plain = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=end_token_ids(qwen, tokenizer, qwen.device).tolist(),
                              pad_token_id=tokenizer.pad_token_id)
     for n, example in enumerate(short):
         expected = qwen.generate(**with_token_types(qwen, hf_inputs(example)), generation_config=plain)
@@ -299,10 +305,45 @@ def test_the_ends_of_the_uniform_range_draw_no_impossible_token(qwen, tokenizer,
     # The first and the last tokens of the vocabulary are banned, where a cumulated probability is 0 or already 1.
     V = len(tokenizer)
     banned = torch.tensor([*range(10), *range(V - 10, V), *vision_token_ids(qwen, qwen.device).tolist()])
-    prompts = collate_prompts(ragged, qwen.device)
+    prompts, no_end = collate_prompts(ragged, qwen.device), torch.tensor([], dtype=torch.int64)
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, u, dtype=dtype))
-    ids, _, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, [], banned)
+    ids, _, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, no_end, banned)
     assert not torch.isin(ids, banned).any() and logps.isfinite().all()
+
+
+def test_tokens_too_rare_for_float32_are_drawn_where_they_should_be(qwen, tokenizer, ragged, monkeypatch):
+    # One token has nearly all probability, 300 behind it 1e-8 each: next to 1, float32 cannot tell their sums apart.
+    loud = copy.deepcopy(qwen)
+    loud.lm_head = torch.nn.Linear(128, len(tokenizer), bias=True)
+    with torch.no_grad():
+        loud.lm_head.weight.zero_()
+        loud.lm_head.bias.fill_(-torch.inf)
+        loud.lm_head.bias[0], loud.lm_head.bias[1:301] = 0.0, math.log(1e-8)
+    u = 1 - 1e-6
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, 1 - u, dtype=dtype))
+    no_end, banned = torch.tensor([], dtype=torch.int64), torch.tensor([350])
+    ids, _, _ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
+    assert ids.flatten().tolist() == [math.ceil((u * (1 + 300e-8) - 1) / 1e-8)] * 2  # the 200th of the rare ones
+
+
+def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged):
+    args = Args(**{**TOY, "temperature": 1.5})
+    ends, banned = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device)
+    example = ragged[1]
+    other = dataclasses.replace(example, sample=dataclasses.replace(example.sample, sample_id="another"))
+    first, again, later, twin = (sample_groups(qwen, [e], step, args, ends, banned, None)
+                                 for e, step in ((example, 0), (example, 0), (example, 1), (other, 0)))
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    for different in (later, twin):
+        assert different.completion_ids.tolist() != first.completion_ids.tolist()
+    assert first.lengths.max() <= args.max_completion_length
+
+
+def test_a_completion_has_at_most_as_many_tokens_as_allowed(qwen, tokenizer, ragged):
+    prompts, no_end = collate_prompts(ragged, qwen.device), torch.tensor([], dtype=torch.int64)
+    for C in (1, 2, 5):
+        ids, lengths, logps = generate(qwen, prompts, 2, C, 1.0, list(range(4)), no_end, vision_token_ids(qwen, qwen.device))
+        assert ids.shape == logps.shape == (8, C) and lengths.tolist() == [C] * 8
 
 
 def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ragged, monkeypatch):
@@ -314,7 +355,7 @@ def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ra
     monkeypatch.setattr(Decoder, "drop_finished_rows", lambda self: None)
     all_ids, all_lengths, all_logps, all_work = run()
     assert torch.equal(ids, all_ids) and torch.equal(lengths, all_lengths)
-    mask = completion_mask_from(lengths, ids.shape[1])
+    mask = mask_from_lengths(lengths, ids.shape[1])
     torch.testing.assert_close(logps[mask], all_logps[mask], rtol=0, atol=2e-5)
     assert lengths.sum() - 32 <= work < 0.8 * all_work
 
@@ -322,35 +363,35 @@ def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ra
 def test_a_decoder_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragged, monkeypatch):
     # What a CUDA graph needs, without the graph: fixed shapes, prompts padded to 64 columns, nothing left of the last batch.
     monkeypatch.setattr(Decoder, "capture", lambda self: self)
-    ends, banned, graphs = end_token_ids(qwen, tokenizer), vision_token_ids(qwen, qwen.device), {}
-    for examples in (ragged[2:], ragged[:2], ragged[1:3]):
+    ends, banned, graphs = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device), {}
+    for examples, C in ((ragged[2:], 24), (ragged[:2], 24), (ragged[1:3], 24), (ragged[2:], 12), (ragged[2:], 1)):
         prompts = collate_prompts(examples, qwen.device)
-        kept, fresh = (generate(qwen, prompts, 4, 24, 1.0, [3, 4], ends, banned, g) for g in (graphs, None))
-        mask = completion_mask_from(fresh[1], fresh[0].shape[1])
+        kept, fresh = (generate(qwen, prompts, 4, C, 1.0, [3, 4], ends, banned, g) for g in (graphs, None))
+        mask = mask_from_lengths(fresh[1], fresh[0].shape[1])
         assert torch.equal(kept[1], fresh[1]) and torch.equal(kept[0], fresh[0])
         torch.testing.assert_close(kept[2][mask], fresh[2][mask], rtol=0, atol=2e-5)
-    assert len(graphs) < 3, "no decoder was used twice"
+    assert len(graphs) < 5, "no decoder was used twice"
 
 
 def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragged):
-    ends = end_token_ids(qwen, tokenizer)
+    ends = end_token_ids(qwen, tokenizer, qwen.device).tolist()
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
     _, ids, lengths, _ = sample(qwen, tokenizer, ragged, G=8, C=24)
     for row, length in zip(ids.tolist(), lengths.tolist()):
         first = next((k for k, token in enumerate(row) if token in ends), None)
         assert length == (len(row) if first is None else first + 1)
-        assert first is None or set(row[first:]) == {row[first]}
+        assert not any(row[length:])
     # A completion may be nothing but the end token: force it by making every token an end token.
     prompts = collate_prompts(ragged, qwen.device)
-    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, range(4), list(range(len(tokenizer))), vision_token_ids(qwen, qwen.device))
+    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, range(4), torch.arange(len(tokenizer)), vision_token_ids(qwen, qwen.device))
     assert lengths.tolist() == [1] * 8
 
 
 def test_completion_text_drops_the_end_token_only(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = torch.tensor(tokenizer("<answer>B</answer><|im_start|>")["input_ids"] + [end, end])
-    assert completion_text(tokenizer, ids, len(ids) - 1, [end]) == "<answer>B</answer><|im_start|>"
-    assert completion_text(tokenizer, ids, 1, [end]) == "<answer>"
+    assert completion_text(tokenizer, ids, len(ids) - 1, torch.tensor([end])) == "<answer>B</answer><|im_start|>"
+    assert completion_text(tokenizer, ids, 1, torch.tensor([end])) == "<answer>"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -136,19 +136,35 @@ def test_no_reward_signal_and_no_kl_means_no_gradient(tmp_path, world):
     assert "entropy" not in m  # nothing was learned that it could be measured on
 
 
-def test_flat_groups_cost_no_learning_and_change_nothing(tmp_path, world):
+def test_flat_groups_cost_no_learning_and_change_nothing(tmp_path, world, monkeypatch):
     # Three steps, with momentum: a group without signal that is left out must not leave out anything else.
-    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4)
+    seen = []
+    monkeypatch.setattr(grpo_video, "group_advantages", lambda rewards, use_std, f=grpo_video.group_advantages: (
+        seen.append(rewards.tolist()) or f(rewards, use_std)))
+    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4, loss_agg="token_mean", seed=7)
     for name, keep in (("skip", False), ("keep", True)):
         grpo_video.main(grpo_args(tmp_path / name, **changes, learn_flat_groups=keep))
-    skip, keep = ([m for m in metrics_of(tmp_path / name)] for name in ("skip", "keep"))
-    assert sum(m["flat_group_frac"] for m in keep) > 0
-    for a, b in zip(skip, keep, strict=True):
+    flat = [[len(set(group)) == 1 for group in rewards] for rewards in seen]
+    assert {reward for rewards in seen for group in rewards if len(set(group)) == 1 for reward in group} == {0.0, 1.0}
+    skip, keep = (metrics_of(tmp_path / name) for name in ("skip", "keep"))
+    for step, (a, b) in enumerate(zip(skip, keep, strict=True)):
+        assert a["flat_group_frac"] == sum(flat[step]) / 8
         for name in ("reward", "group_std", "flat_group_frac", "completion_length", "truncated_frac", "loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-12), name
     assert relative_difference(update(tmp_path / "skip/final"), update(tmp_path / "keep/final")) < 1e-9
-    skip, keep = (report_of(tmp_path / name)["counts"] for name in ("skip", "keep"))
-    assert skip["learner_tokens"] < keep["learner_tokens"] and skip["decoded_tokens"] == keep["decoded_tokens"]
+    skip, keep = (report_of(tmp_path / name) for name in ("skip", "keep"))
+    assert skip["counts"]["decoded_tokens"] == keep["counts"]["decoded_tokens"]
+    learned, total = (r["tokens_per_s"]["update_s"] * r["seconds"]["update_s"] for r in (skip, keep))
+    assert learned < total == pytest.approx(keep["tokens_per_s"]["rollout_s"] * keep["seconds"]["rollout_s"])
+    assert skip["counts"]["logits"] == pytest.approx(learned / total * keep["counts"]["logits"])
+
+
+def test_actor_gap_tells_when_the_sampler_is_not_the_learner(tmp_path, world, monkeypatch):
+    grpo_video.main(grpo_args(tmp_path / "right", dtype="float64", max_steps=2, prompts_per_step=4, micro_batch_size=8))
+    monkeypatch.setattr(grpo_video, "copy_weights", lambda policy, actor: None)  # the actor stays where it was
+    grpo_video.main(grpo_args(tmp_path / "stale", dtype="float64", max_steps=2, prompts_per_step=4, micro_batch_size=8))
+    right, stale = ([m["actor_gap"] for m in metrics_of(tmp_path / name)] for name in ("right", "stale"))
+    assert max(right) < 1e-9 and stale[0] < 1e-9 and stale[1] > 1e-4
 
 
 def test_flat_groups_can_be_kept_for_their_kl(tmp_path, world):
@@ -182,14 +198,14 @@ def test_the_report_counts_what_a_step_costs(tmp_path, world, tokenizer, changes
     assert counts["learner_tokens"] == passes * (prompt_tokens + tokens)
     assert counts["logits"] == passes * tokens * len(tokenizer)
     assert counts["decoded_tokens"] >= tokens - 3 * 8  # the first token of a row comes from its prompt's pass
-    assert set(report["seconds"]) == {"data", "rollout", "score", "update", "other"} and report["peak_bytes"] > 1e8
-    assert report["tokens_per_s"]["rollout"] == pytest.approx(tokens / report["seconds"]["rollout"])
+    assert set(report["seconds"]) == {"data_s", "rollout_s", "score_s", "update_s", "other_s"} and report["peak_bytes"] > 1e8
+    assert report["tokens_per_s"]["rollout_s"] == pytest.approx(tokens / report["seconds"]["rollout_s"])
 
 
 def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whatever_its_length(world):
     counts = json.loads(torchrun("tests/bench.py", 2, "--collectives").splitlines()[-1])["counts"]["ours"]
-    assert counts["of these in sampling"] == 0 < counts["sharded forward pass"]
-    assert counts["rollout of 32 tokens"] == counts["rollout of 64 tokens"] > 0
+    assert counts["of these in sampling"] == 0 < counts["in a sharded forward pass"]
+    assert counts["in a rollout of 32 tokens"] == counts["in a rollout of 64 tokens"] > 0
 
 
 def test_the_bench_runs(tmp_path):
@@ -256,6 +272,21 @@ def test_unreadable_videos_weigh_nothing_and_are_counted(tmp_path, world):
     changes = dict(dtype="float64", prompts_per_step=4, data_root=str(root), learning_rate=1e-4, kl_coef=0.1)
     grpo_video.main(grpo_args(tmp_path / "one", **changes))
     assert metrics_of(tmp_path / "one")[0]["bad_videos"] == 2
+    assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-9
+
+
+def test_sft_ranks_with_less_to_learn_keep_pace(tmp_path, world):
+    # Rank 1 has no micro-batch, rank 0 has two: unmatched collectives would hang here.
+    root = small_world(tmp_path / "data", world, keep=4)
+    samples = load_samples("annotations/training_with_cot_6k.jsonl", root)
+    for _, index in step_batch(0, 4, 4, 0, rank=1, world_size=2):
+        samples[index].image.write_bytes(b"not a picture")
+    flags = ["--dtype", "float64", "--prompts_per_step", "4", "--max_steps", "1", "--data_root", str(root), "--model", str(toy.BASE),
+             "--image_size", "56", "--num_frames", "8", "--micro_batch_size", "1", "--warmup_ratio", "0", "--learning_rate", "1e-4"]
+    torchrun("sft_video.py", 2, *flags, "--output_dir", str(tmp_path / "two"))
+    sft_video.main(sft_args(tmp_path / "one", dtype="float64", prompts_per_step=4, data_root=str(root), warmup_ratio=0.0,
+                            learning_rate=1e-4, frame_cache=""))
+    assert metrics_of(tmp_path / "one")[0]["bad_videos"] == metrics_of(tmp_path / "two")[0]["bad_videos"] == 2
     assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-9
 
 
