@@ -4,6 +4,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import same_gradients
@@ -319,11 +320,14 @@ def test_tokens_too_rare_for_float32_are_drawn_where_they_should_be(qwen, tokeni
         loud.lm_head.weight.zero_()
         loud.lm_head.bias.fill_(-torch.inf)
         loud.lm_head.bias[0], loud.lm_head.bias[1:301] = 0.0, math.log(1e-8)
-    u = 1 - 1e-6
-    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, 1 - u, dtype=dtype))
     no_end, banned = torch.tensor([], dtype=torch.int64), torch.tensor([350])
-    ids, _, _ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
-    assert ids.flatten().tolist() == [math.ceil((u * (1 + 300e-8) - 1) / 1e-8)] * 2  # the 200th of the rare ones
+    probs = loud.lm_head.bias.detach().log_softmax(-1).exp()
+    cdf = np.cumsum(probs.double().numpy())
+    for u in np.linspace(1 - 2.9e-6, 1 - 1e-7, 7):
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, 1 - u, dtype=dtype))
+        ids, _, _ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
+        expected = np.searchsorted(cdf, u * cdf[-1])
+        assert 0 < expected < 300 and ids.flatten().tolist() == [expected] * 2
 
 
 def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged):
