@@ -358,8 +358,8 @@ def decode_video(path: Path, frames: Frames) -> np.ndarray:
 def cached_video(path: Path, frames: Frames) -> np.ndarray:
     """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
 
-    A file that cannot be read is not remembered; one that was changed is read again. Nothing is ever deleted, and the names
-    do not know this code: empty the folder after changing how frames are picked or resized.
+    A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names do not
+    know this code: empty the folder after changing how frames are picked or resized. Raises OSError if it cannot be written.
     """
     if not frames.cache or not path.exists():
         return read_video(path, frames)
@@ -376,9 +376,13 @@ def cached_video(path: Path, frames: Frames) -> np.ndarray:
     cached.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
     part = cached.with_suffix(f".{uuid.uuid4().hex}")
-    with open(part, "wb") as file:
-        np.save(file, pixels)
-    part.replace(cached)
+    try:
+        with open(part, "wb") as file:
+            np.save(file, pixels)
+        part.replace(cached)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"the frame cache {frames.cache} cannot be written: {error}; make room, or give another folder or none") from error
     return pixels
 
 

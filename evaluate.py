@@ -1,7 +1,7 @@
 """Greedy accuracy on video questions, by level, domain and duration, with intervals, and paired against another run.
 
     python evaluate.py                                          # the toy world's base model
-    python evaluate.py --model out/toy_grpo/final --output_dir out/eval_grpo --compare out/eval
+    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_grpo --compare out/toy_eval
     torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
         --eval_files annotations/validation_L1.jsonl annotations/validation_L2.jsonl annotations/validation_L3.jsonl
 
@@ -67,7 +67,7 @@ class Args:
 GRADERS = {"strict": parse_answer, "first_letter": first_letter}
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames")
+TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames", output_dir="out/toy_eval")
 
 # The paper's accuracies in percent for Qwen2-VL-7B: vanilla, SFT, GRPO. A file is a published split if its name and its
 # number of samples both are: nothing else is ever shown beside these numbers.

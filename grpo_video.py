@@ -36,14 +36,14 @@ Where this departs from the published SEED-Bench-R1 run, and why:
 What makes a step cheap, in counts for one group: P = 900 tokens of which 729 are vision, G = 8, C = 256, shapes of 7B:
     a. Prefill once per group and not once per row: 900 tokens through the text model, not 7,200 (`Decoder.start`).
     b. The prompt's keys and values once per group: 52 MB to keep and to read for each token, not 413 MB (`Decoder.attend`).
-    c. The groups of a rank decoded together: with 8 of them, the 14 GB of weights are read once for 64 tokens, not for 8.
+    c. The groups of a rank decoded together: if there are 8, the 14 GB of weights are read once for 64 tokens, not for 8.
     d. Caches of full size from the start, random numbers drawn before the first token, no CPU-GPU sync inside a token: its
-       kernels can be queued ahead, or replayed as one CUDA graph. Finished rows leave (`Decoder.drop_finished_rows`).
+       kernels can be queued ahead, or replayed as one CUDA graph; without graphs, finished rows leave (`drop_finished_rows`).
     e. Learning on one sequence per group, prompt once and no padding: 2,948 tokens, not 9,248 (`SharedPrompts` in model.py).
     f. Logits for completion tokens only and 512 at a time: 0.3 GB, not 5.6 GB for every token of every row (`token_logps`).
     g. No old log-probs with one update, no reference at beta 0, no learning of groups of equal rewards (`main` 6b, 6d).
-    h. Clips decoded and cut into patches ahead, by worker processes; decoded frames cached as uint8 (data.py).
-tests/bench.py measures each against the usual way; the README has its table.
+    h. Clips decoded and cut into patches ahead, by worker processes; with --frame_cache, decoded once and kept as uint8 (data.py).
+tests/bench.py measures a to f against the usual way; the README has its table.
 
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean, clip
 higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.20783. k3: Schulman, "Approximating KL".

@@ -2,8 +2,7 @@
 
 From top to bottom: processes, loading and sharding, a batch of prompts on the device, attention in which rows share their
 prompt, the policy (prompt + completion -> log-probs), the actor (the plain copy that samples), and what is written to disk.
-No algorithm lives here: group sampling,
-rewards, advantages and losses are in grpo_video.py, cross-entropy is in sft_video.py.
+No algorithm lives here: group sampling, rewards, advantages and losses are in grpo_video.py, cross-entropy is in sft_video.py.
 
 Two copies of the weights, on purpose:
 

@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, step_batch
-from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, mask_from_lengths, export,
-                   load_checkpoint, load_policy, load_tokenizer, max_over_ranks, open_run, parse_args, report, resolve_toy,
+from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, export, load_checkpoint, load_policy,
+                   load_tokenizer, mask_from_lengths, max_over_ranks, open_run, parse_args, report, resolve_toy,
                    save_checkpoint, setup, sum_over_ranks)
 
 

@@ -47,13 +47,14 @@ class Interleave(TrainerCallback):
         self.seconds["ours"].append(time.perf_counter() - start)
 
 
-def our_step(prompts):
+def our_step(examples):
     """A call that makes one step of ours, and the two models that take part: the policy and the actor."""
     device = setup()[2]
     policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False), device)
     actor = make_actor(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     banned, no_end = vision_token_ids(actor, device), torch.tensor([], dtype=torch.int64)
+    prompts = collate_prompts(examples, device)
 
     def step():
         ids, lengths, _ = generate(actor, prompts, G, C, 1.0, list(range(B)), no_end, banned)
@@ -63,7 +64,8 @@ def our_step(prompts):
         weights = token_weights(mask, "sequence_mean", B * G, B * G * C, C)
         for b in range(B):  # a group at a time
             rows = slice(b * G, (b + 1) * G)
-            logps, _ = policy(prompts, torch.full((G,), b), ids[rows], mask[rows], 1.0, banned)
+            logps, _ = policy(collate_prompts([examples[b]], device), torch.zeros(G, dtype=torch.int64), ids[rows], mask[rows],
+                              1.0, banned)
             loss, _, _ = grpo_token_loss(logps, logps.detach(), None, advantages[rows], 0.2, 0.2, 0.0)
             (loss * weights[rows]).sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -101,8 +103,7 @@ def main(rounds: int) -> None:
             positions = rope_positions(ids, list(grids), model.config.image_token_id, model.config.video_token_id)
             examples.append(Example(None, (), "", "", ids, positions, pixel_values=torch.cat(patches),
                                     image_grid_thw=torch.cat(grids)))
-        prompts = collate_prompts(examples, torch.device("cpu"))
-        turns.step, policy, actor = our_step(prompts)
+        turns.step, policy, actor = our_step(examples)
         trainer.train()
         batch = next(iter(trainer.get_train_dataloader()))
         counts = {"TRL": count(lambda: trainer.training_step(trainer.model, batch, B * G), model),
@@ -111,7 +112,7 @@ def main(rounds: int) -> None:
         del side["logits"]  # TRL does not take all of its logits from the lm_head module, where they could be counted
     seconds = {name: values[1:] for name, values in turns.seconds.items()}  # the first round warms up
     ratios = [a / b for a, b in zip(seconds["TRL"], seconds["ours"])]
-    row = table_row("B5", f"whole step, {B} x {G} rows x {C} tokens, P = {prompts.lengths[0]}", seconds, ratios=ratios, aim=3,
+    row = table_row("B5", f"whole step, {B} x {G} rows x {C} tokens, P = {len(examples[0].prompt_ids)}", seconds, ratios=ratios, aim=3,
                     counts=counts)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     print(json.dumps({**row, "versions": versions}))
