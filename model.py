@@ -55,7 +55,8 @@ COUNTS = {"vision_patches": 0,  # patches through the vision tower
           "prefill_tokens": 0,  # prompt tokens through the sampler's text model
           "decoded_tokens": 0,  # completion tokens through it, those of finished rows that stayed in the batch included
           "learner_tokens": 0,  # prompt and completion tokens through policy and reference, padding included if there is any
-          "logits": 0}  # elements of the logits of policy and reference
+          "logits": 0,  # elements of the logits of policy and reference
+          "collectives": 0}  # all-gathers of weights, reductions of gradients and of sums; none in a run of one process
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
                    "chat_template.json", "chat_template.jinja")
 
@@ -107,7 +108,6 @@ def setup() -> tuple[int, int, torch.device]:
     Under torchrun the address comes from its environment variables; without it a group of one process is made, so that
     the same code path (FSDP, collectives, checkpoints) runs everywhere. NCCL on GPUs, gloo on CPUs.
     """
-    COUNTS.update(dict.fromkeys(COUNTS, 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -116,7 +116,13 @@ def setup() -> tuple[int, int, torch.device]:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # An hour, not the usual 10 minutes: the others wait while rank 0 downloads and reads the model.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), **alone)
+    COUNTS.update(dict.fromkeys(COUNTS, 0), collectives=-num_collectives())
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def num_collectives() -> int:
+    """How many collectives this process has taken part in. torch numbers them, to tell which one hangs."""
+    return dist.group.WORLD._get_sequence_number_for_group()
 
 
 def resolve_toy(args):
@@ -602,7 +608,8 @@ def report(output_dir: Path, seconds: dict[str, float], tokens: dict[str, float]
         completion tokens of all ranks went through it; wall_s, from before the first step to after the last. A resumed run
         reports its own part.
     """
-    counts = {name: int(count) for name, count in sum_over_ranks(COUNTS, device).items()}
+    done = {**COUNTS, "collectives": COUNTS["collectives"] + num_collectives()}
+    counts = {name: int(count) for name, count in sum_over_ranks(done, device).items()}
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
