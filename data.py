@@ -382,7 +382,8 @@ def cached_video(path: Path, frames: Frames) -> np.ndarray:
         part.replace(cached)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"the frame cache {frames.cache} cannot be written: {error}; make room, or give another folder or none") from error
+        fix = "make room, or give another folder or none"
+        raise OSError(f"the frame cache {frames.cache} cannot be written: {error}; {fix}") from error
     return pixels
 
 

@@ -62,9 +62,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Example, Frames, VideoDataset, load_samples, make_loader, parse_answer, step_batch
-from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock, collate_prompts, copy_weights,
-                   embed_prompts, end_token_ids, export, load_checkpoint, load_policy, load_tokenizer, make_actor, mask_from_lengths, max_over_ranks, open_run,
-                   parse_args, report, resolve_toy, save_checkpoint, setup, sum_over_ranks, text_states, vision_token_ids)
+from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock,
+                   collate_prompts, copy_weights, embed_prompts, end_token_ids, export, load_checkpoint, load_policy,
+                   load_tokenizer, make_actor, mask_from_lengths, max_over_ranks, open_run, parse_args, report, resolve_toy,
+                   save_checkpoint, setup, sum_over_ranks, text_states, vision_token_ids)
 
 
 @dataclass
@@ -271,7 +272,8 @@ class Decoder:
         self.own_keys, self.own_values = ([zeros(N, heads, C, d, dtype=actor.dtype) for _ in range(layers)] for _ in range(2))
         # Of their B prompts:
         self.prompt_mask = zeros(B, P, dtype=torch.bool)
-        self.prompt_keys, self.prompt_values = ([zeros(B, heads, P, d, dtype=actor.dtype) for _ in range(layers)] for _ in range(2))
+        self.prompt_keys, self.prompt_values = (
+            [zeros(B, heads, P, d, dtype=actor.dtype) for _ in range(layers)] for _ in range(2))
 
     def start(self, prompts: Prompts) -> None:
         """Encodes the prompts, B rows and not N (729 of 900 tokens are vision), and draws each row's first token."""

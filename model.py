@@ -263,7 +263,8 @@ class Prompts:
 def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
     """Concatenates prompts and their patches (a prompt's video before its image, as in its text)."""
     pixels = [(values, grid) for e in examples
-              for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw)) if values is not None]
+              for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw))
+              if values is not None]
     batch = Prompts(
         ids=torch.cat([e.prompt_ids for e in examples]),
         lengths=torch.tensor([len(e.prompt_ids) for e in examples]),
