@@ -56,7 +56,7 @@ COUNTS = {"vision_patches": 0,  # patches through the vision tower
           "decoded_tokens": 0,  # completion tokens through it, those of finished rows that stayed in the batch included
           "learner_tokens": 0,  # prompt and completion tokens through policy and reference, padding included if there is any
           "logits": 0,  # elements of the logits of policy and reference
-          "collectives": 0}  # all-gathers of weights, reductions of gradients and of sums; none in a run of one process
+          "collectives": 0}  # all-gathers of weights, reductions of gradients and sums, barriers; of one process alone the last two
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
                    "chat_template.json", "chat_template.jinja")
 
