@@ -1,11 +1,13 @@
 # make test      install into .venv and run the tests
-# make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3
-# make results   the README's table and picture: GRPO and SFT with three seeds each
+# make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
+# make results   the README's tables and picture: SFT, GRPO and GRPO on blank clips with three seeds each, and their controls
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
 
 PYTHON ?= python3
 BIN = .venv/bin
 SEEDS = 0 1 2
+LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
+FRESH = $(foreach level,L1 L2 L3,annotations/fresh1_$(level).jsonl)
 
 .PHONY: test demo results clean
 
@@ -17,17 +19,26 @@ SEEDS = 0 1 2
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
 
+evaluate = $(BIN)/torchrun --standalone evaluate.py --output_dir
+
 demo: .venv/installed
 	$(BIN)/torchrun --standalone grpo_video.py --output_dir out/demo/grpo_seed0
-	$(BIN)/torchrun --standalone evaluate.py --output_dir out/demo/base
-	$(BIN)/torchrun --standalone evaluate.py --model out/demo/grpo_seed0/final --output_dir out/demo/grpo_seed0/eval --compare out/demo/base
+	$(evaluate) out/demo/base/full
+	$(evaluate) out/demo/base/random --video random --compare out/demo/base/full
+	$(evaluate) out/demo/grpo_seed0/full --model out/demo/grpo_seed0/final --compare out/demo/base/full
+	$(evaluate) out/demo/grpo_seed0/random --model out/demo/grpo_seed0/final --video random --compare out/demo/grpo_seed0/full
 	$(BIN)/python docs/results.py out/demo
 
 results: .venv/installed
-	$(BIN)/torchrun --standalone evaluate.py --output_dir out/results/base
-	for seed in $(SEEDS); do for method in grpo sft; do run=out/results/$${method}_seed$$seed; \
-	$(BIN)/torchrun --standalone $${method}_video.py --seed $$seed --output_dir $$run && \
-	$(BIN)/torchrun --standalone evaluate.py --model $$run/final --output_dir $$run/eval --compare out/results/base || exit 1; done; done
+	$(BIN)/python toy.py --fresh 1
+	for video in full random blank text_only; do \
+	$(evaluate) out/results/base/$$video --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done
+	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank"; do set -- $$run; \
+	name=$$1_seed$$seed; shift; $(BIN)/torchrun --standalone $$@ --seed $$seed --output_dir out/results/$$name || exit 1; \
+	for video in full random; do \
+	$(evaluate) out/results/$$name/$$video --model out/results/$$name/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done; done
+	for run in sft_seed0 grpo_seed0; do for video in text_only blank shuffled reversed single_frame; do \
+	$(evaluate) out/results/$$run/$$video --model out/results/$$run/final --video $$video || exit 1; done; done
 	$(BIN)/python docs/results.py out/results docs/results.png
 
 clean:

@@ -3,7 +3,8 @@
 The page is in the order in which data flows:
     records   a JSONL file, or a JSON list, in one of four shapes -> `Sample`
     options   the right action and three wrong ones, shuffled by (seed, epoch, sample_id) -> the text of the user turn
-    pixels    an mp4 and a png -> uint8 frames (decoded in a child process, since decord can hang or crash) -> patches
+    pixels    an mp4 and a png -> uint8 frames (decoded in a child process, since decord can hang or crash) -> what --video
+              leaves of them -> patches
     tokens    the chat prompt with its special tokens, and the (time, height, width) position of each token
     answers   a completion -> the letter that it answers with, or None
     loading   (epoch, index) -> `Example`, ahead of training; which pairs belong to a step follows from its number
@@ -53,6 +54,7 @@ class Sample:
     group: str = ""  # `domain` (L3), `duration_group` (LongVideoBench)
     goal: str = ""  # `task_goal`
     progress: tuple[str, ...] = ()  # `narration_text` of the steps done so far
+    has_id: bool = True  # False: its record has no id, and sample_id is the record's number
 
 
 SYSTEM = "You are a helpful assistant."  # the system line of every prompt, as in Qwen2-VL's chat template
@@ -139,6 +141,45 @@ def load_samples(path: str | Path, data_root: str | Path) -> list[Sample]:
     return list(samples.values())
 
 
+def leave_out(samples: list[Sample], evaluations: list[str]) -> list[Sample]:
+    """The samples that not every one of these evaluations of their file answered right, in their order.
+
+    For --leave_out: a question that is answered without looking teaches a policy not to look. `evaluations` are paths of
+    evaluate.py's samples.jsonl, matched by id and by the names of video and image (ids are often plain numbers, which every
+    file has). One run with --video text_only is right on one in four by luck; of several, with different --seed and so other
+    option orders, only what all of them answered is left out.
+    Raises ValueError if records have no ids, an evaluation is not of these questions or is named twice, or nothing is left.
+    """
+    if not evaluations:
+        return samples
+    if unnamed := sum(not sample.has_id for sample in samples):
+        raise ValueError(f"--leave_out needs a 'sample_id' in every training record; {unnamed} have none")
+    if len(set(evaluations)) < len(evaluations):
+        raise ValueError(f"--leave_out {' '.join(evaluations)}: a file is named twice")
+    by_id = {sample.sample_id: sample for sample in samples}
+    answered = set(by_id)
+    for path in evaluations:
+        try:
+            records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            right = {(record["sample_id"], record["video"], record["image"]): record["correct"] for record in records}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--leave_out {path}: not the samples.jsonl of an evaluation ({error!r:.200})") from None
+        of_ours = {key[0]: correct for key, correct in right.items()
+                   if key[0] in by_id and key[1:] == file_names(by_id[key[0]])}
+        if not of_ours:
+            raise ValueError(f"--leave_out {path}: none of its questions is in the training file; evaluate that file "
+                             "(evaluate.py --eval_files takes training files too)")
+        answered &= {sample_id for sample_id, correct in of_ours.items() if correct}
+    if len(answered) == len(samples):
+        raise ValueError("--leave_out would leave no question to learn from")
+    return [sample for sample in samples if sample.sample_id not in answered]
+
+
+def file_names(sample: Sample) -> tuple[str, str]:
+    """(video, image) of a sample, "" where it has none."""
+    return tuple(path.name if path else "" for path in (sample.video, sample.image))
+
+
 def parse_json(text: str, place: str | Path) -> object:
     try:  # Table libraries give every object every key of the table, and null to most: a null key counts as absent.
         return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if v is not None})
@@ -167,7 +208,7 @@ def parse_record(record: object, number: int, root: Path) -> Sample:
     if shape == "SFT":
         text, video, image = parse_messages(record["prompt"])
         return Sample(
-            sample_id=str(number if record["sample_id"] == "" else record["sample_id"]),
+            sample_id=str(number if record["sample_id"] == "" else record["sample_id"]), has_id=record["sample_id"] != "",
             question=text, response=record["response"],
             video=inside(root, "prompt", video) if video else None,
             image=inside(root, "prompt", image) if image else None,
@@ -433,6 +474,35 @@ def read_video(path: Path, frames: Frames) -> np.ndarray:
     raise ValueError(f"{path}: {reason}")
 
 
+# What the model gets to see (--video): the clip, or a control that could show that it does not need it. All but text_only
+# change the clip alone; the image stays. The names are those of TVBench (arXiv 2410.07752), arXiv 2604.03179 and Video-R1.
+VIDEO = {
+    "full": "the clip",
+    "text_only": "neither clip nor image",
+    "blank": "mid-grey frames, as many",
+    "random": "the clip of another question, with another number of steps done where the file tells it",
+    "shuffled": "the clip's frames in another order, drawn at random",
+    "reversed": "the clip's frames from the last to the first",
+    "single_frame": "the clip's last frame, as often as it has frames",
+}
+
+
+def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.ndarray:
+    """The frames (F, H, W, 3) uint8 of a clip as the setting `video` shows them; the shape stays."""
+    if video == "blank":
+        return np.full_like(pixels, 128)
+    if video == "shuffled":
+        order = list(range(len(pixels)))
+        while order == sorted(order) and len(order) > 1:  # of four frames, one order in 24 would leave the clip as it is
+            rng.shuffle(order)
+        return pixels[order]
+    if video == "reversed":
+        return pixels[::-1].copy()  # torch takes no negative strides
+    if video == "single_frame":
+        return pixels[-1:].repeat(len(pixels), axis=0)
+    return pixels
+
+
 def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 RGB (F, H, W, 3) -> patches (S, 1176) float32, and their numbers in (time, height, width), (1, 3) int64.
 
@@ -583,12 +653,21 @@ class VideoDataset(torch.utils.data.Dataset):
     """`dataset[epoch, index]` is the Example of `samples[index]`; the epoch matters for its options.
 
     A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
-    another one, and does not stop the run.
+    another one, and does not stop the run. `video` is a key of VIDEO: the clips as they are, or a control; ValueError if
+    it is none, or if "random" has no other clip to show.
     """
 
-    def __init__(self, samples: list[Sample], tokenizer, frames: Frames, seed: int) -> None:
-        self.samples, self.tokenizer, self.frames, self.seed = samples, tokenizer, frames, seed
+    def __init__(self, samples: list[Sample], tokenizer, frames: Frames, seed: int, video: str = "full") -> None:
+        if video not in VIDEO:
+            raise ValueError(f"--video {video!r}: must be one of {', '.join(VIDEO)}")
+        self.samples, self.tokenizer, self.frames, self.seed, self.video = samples, tokenizer, frames, seed, video
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        if video == "random":
+            by_steps = {len(sample.progress): sample for sample in samples if sample.video}
+            for sample in by_steps.values():  # one each: all with as many steps have the same clips to draw from
+                if not self.other_clips(sample):
+                    raise ValueError(f"--video random: there is no other clip for sample {sample.sample_id}, of {len(sample.progress)} "
+                                     "steps, in the file; use more of it (--max_samples), or --video blank")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -600,18 +679,49 @@ class VideoDataset(torch.utils.data.Dataset):
         text = user_text(sample.question, options)
         no_ids = torch.empty(0, dtype=torch.int64)
         example = Example(sample, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
-        try:
-            video = patchify(cached_video(sample.video, self.frames)) if sample.video else (None, None)
-            image = patchify(read_image(sample.image, self.frames)) if sample.image else (None, None)
-        except ValueError as error:
-            example.error = str(error)
-            return example
-        example.pixel_values_videos, example.video_grid_thw = video
-        example.pixel_values, example.image_grid_thw = image
+        if self.video != "text_only":
+            rng = random.Random(f"{self.seed}/{epoch}/{sample.sample_id}/{self.video}")
+            clip = rng.choice(self.other_clips(sample)) if sample.video and self.video == "random" else sample.video
+            try:  # around the reading alone: a mistake of ours is no bad sample
+                frames = cached_video(clip, self.frames) if clip else None
+                image = read_image(sample.image, self.frames) if sample.image else None
+            except ValueError as error:
+                example.error = str(error)
+                return example
+            if frames is not None:
+                frames = control_frames(frames, self.video, rng)
+                example.pixel_values_videos, example.video_grid_thw = patchify(frames)
+            if image is not None:
+                example.pixel_values, example.image_grid_thw = patchify(image)
         example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
         grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
         example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
         return example
+
+    def other_clips(self, sample: Sample) -> list[Path]:
+        """The clips of other questions: those with another number of steps done, where the sample tells its own."""
+        return [other.video for other in self.samples if other.video and other.video != sample.video
+                and (not sample.progress or len(other.progress) != len(sample.progress))]
+
+    def describe_prompt(self) -> str:
+        """What the prompts of a run hold, in a line: of the first readable sample among those that have most."""
+        fullest = sorted(range(len(self)), key=lambda i: -bool(self.samples[i].video) - bool(self.samples[i].image))[:8]
+        examples = (self[0, i] for i in fullest)
+        example = next((example for example in examples if not example.error), None)
+        clips = sum(bool(sample.video) for sample in self.samples)
+        line = f"{len(self)} questions, {clips} with a clip; --video {self.video}: {VIDEO[self.video]}; "
+        if example is None:
+            return line + f"none of {len(fullest)} samples could be read, the last: {self[0, fullest[-1]].error}"
+        held = []
+        for name, grid in (("clip", example.video_grid_thw), ("image", example.image_grid_thw)):
+            if grid is None:
+                held.append(f"no {name}")
+                continue
+            time, height, width = grid[0].tolist()
+            frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "clip" else ""
+            size = f"{width * PATCH_SIZE} x {height * PATCH_SIZE} pixels"
+            held.append(f"{name} of {frames}{size} ({num_tokens(grid)} vision tokens)")
+        return line + f"prompt of sample {example.sample.sample_id}: {', '.join(held)}, {len(example.prompt_ids)} tokens in all"
 
 
 @functools.lru_cache(maxsize=2)

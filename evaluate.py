@@ -2,23 +2,28 @@
 
     python evaluate.py                                          # the toy world's base model
     python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_grpo --compare out/toy_eval
+    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_blind --compare out/toy_eval_grpo --video random
     torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
         --eval_files annotations/validation_L1.jsonl annotations/validation_L2.jsonl annotations/validation_L3.jsonl
 
 Every sample of a file stays in the denominator: an answer that does not parse is wrong, and so is a sample whose video
 cannot be read (both are counted beside the accuracy). The grader is the parser that gives the reward in grpo_video.py.
+An accuracy alone does not show that a model looks at the clip: evaluate it again with --video random (or another control) and
+--compare the two.
 
 Written to --output_dir:
     results.json     every setting, library versions and the table, as numbers
     samples.jsonl    one line per sample: response, parsed letter, gold, ... from which any number can be computed again
 
 References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar (1947)
-for two models on the same questions. LongVideoBench results are those reprinted by DeepVideo-R1 (arXiv 2506.07464).
+for two models on the same questions, Agresti and Min (2005) for the interval of their difference. LongVideoBench results are
+those reprinted by DeepVideo-R1 (arXiv 2506.07464).
 """
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +31,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import Frames, VideoDataset, first_letter, load_samples, make_loader, parse_answer
+from data import VIDEO, Frames, VideoDataset, file_names, first_letter, load_samples, make_loader, parse_answer
 from grpo_video import completion_text, generate
 from model import (arg, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, open_run,
                    parse_args, resolve_toy, setup, vision_token_ids)
@@ -37,19 +42,20 @@ class Args:
     """The defaults are the published protocol: 16 frames, at most 256 new tokens, greedy."""
     model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
     data_root: str = arg("toy", "folder with annotations/, videos/ and images/; 'toy' builds the toy world on first use")
-    eval_files: list[str] = field(
-        default_factory=lambda: [f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3")],
-        metadata={"help": "under data_root; the shape of each is told by its fields"})
+    eval_files: list[str] = arg([f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3")],
+                                "under data_root: validation, LongVideoBench or training files, told apart by their fields")
     output_dir: str = arg("out/eval", "results.json and samples.jsonl go here")
-    compare: str = arg("", "output_dir of another evaluation of the same files: adds a paired test against it")
+    compare: str = arg("", "output_dir of another evaluation of the same files, of another model or --video: adds paired tests")
     max_samples: int = arg(0, "use the first so many samples of each file; 0: all")
     grader: str = arg("strict", "strict, or first_letter for parity with published numbers")
+    seed: int = arg(0, "of the options of training files, and of --video random and shuffled; the others have nothing to draw")
     # pixels
     num_frames: int = arg(16, "most frames of a clip, even, >= 2")
     min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later runs; empty: none")
+    video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     # generation
     max_completion_length: int = arg(256, "most tokens of a completion, end token included")
     batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed; results change by rounding only")
@@ -67,7 +73,7 @@ class Args:
 GRADERS = {"strict": parse_answer, "first_letter": first_letter}
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames", output_dir="out/toy_eval")
+TOY = dict(image_size=56, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames", output_dir="out/toy_eval")
 
 # The paper's accuracies in percent for Qwen2-VL-7B: vanilla, SFT, GRPO. A file is a published split if its name and its
 # number of samples both are: nothing else is ever shown beside these numbers.
@@ -107,38 +113,79 @@ def mcnemar_p(only_ours: int, only_theirs: int) -> float:
     return min(1.0, 2 * tail / 2 ** n)
 
 
-def summarise(records: list[dict]) -> list[dict]:
-    """One row per file, and below it one per domain or duration where its samples have one."""
-    rows = []
+def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
+    """The 95% interval of accuracy(a) - accuracy(b) on the same n questions, as two numbers in -1..1.
+
+    From the questions that just one of the two got right. Half a question is added to each of the four counts, or the interval
+    would have no width where the two never differ. Source: Agresti and Min (2005). (-1, 1) for n = 0.
+    """
+    if n == 0:
+        return -1.0, 1.0
+    # d = (b - c) / n  +-  z sqrt(b + c - (b - c)^2 / n) / n, with b + 1/2, c + 1/2, n + 2
+    z, difference, n = 1.959963984540054, only_a - only_b, n + 2
+    spread = z * math.sqrt(only_a + only_b + 1 - difference ** 2 / n) / n
+    return max(-1.0, difference / n - spread), min(1.0, difference / n + spread)
+
+
+def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(file, part) -> its records: each file whole (""), with and without a clip where it has both, by domain or duration."""
+    found = {}
     for file in dict.fromkeys(r["file"] for r in records):
         of_file = [r for r in records if r["file"] == file]
-        groups = sorted({r["group"] for r in of_file} - {""}, key=lambda group: (len(group), group) if group.isdigit() else (0, group))
-        published = PUBLISHED.get((Path(file).stem, len(of_file)), {})
-        for group in ("", *groups):
-            part = [r for r in of_file if group in ("", r["group"])]
-            correct = sum(r["correct"] for r in part)
-            low, high = wilson_interval(correct, len(part))
-            rows.append({
-                "file": file, "group": group, "n": len(part), "correct": correct, "accuracy": correct / len(part),
-                "wilson_low": low, "wilson_high": high, "parse_rate": sum(r["parsed"] is not None for r in part) / len(part),
-                "truncated_frac": sum(r["truncated"] for r in part) / len(part), "bad_samples": sum(bool(r["error"]) for r in part),
-                "published": published.get(group.lower())})
+        found[file, ""] = of_file
+        if len({bool(r["video"]) for r in of_file}) == 2:
+            found[file, "with a clip"] = [r for r in of_file if r["video"]]
+            found[file, "image only"] = [r for r in of_file if not r["video"]]
+        groups = {r["group"] for r in of_file} - {""}
+        for group in sorted(groups, key=lambda group: (len(group), group) if group.isdigit() else (0, group)):
+            found[file, group] = [r for r in of_file if r["group"] == group]
+    return found
+
+
+def summarise(records: list[dict], video: str = "full") -> list[dict]:
+    """One row per file and part of it. Published numbers stand beside those of a run that saw its clips, and nowhere else."""
+    rows = []
+    for (file, part), of_part in parts(records).items():
+        n, correct = len(of_part), sum(r["correct"] for r in of_part)
+        low, high = wilson_interval(correct, n)
+        published = PUBLISHED.get((Path(file).stem, sum(r["file"] == file for r in records)), {}) if video == "full" else {}
+        rows.append({
+            "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
+            "wilson_low": low, "wilson_high": high,
+            "chance": sum(1 / len(r["options"]) for r in of_part) / n,
+            "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
+            "truncated_frac": sum(r["truncated"] for r in of_part) / n, "bad_samples": sum(bool(r["error"]) for r in of_part),
+            "published": published.get(part.lower())})
     return rows
 
 
-def compare(ours: list[dict], theirs: list[dict], place: str) -> list[dict]:
-    """McNemar's test per file between two evaluations of the same questions; ValueError if they are not the same."""
+def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[dict]:
+    """Paired statistics per file and part between two evaluations of the same questions; ValueError if they are not the same.
+
+    If a saw the clips and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the share of
+    answers that are not the same, says how much the clip matters at all (arXiv 2505.14405); and `accuracy_on_missed`, a's on
+    the questions that b got wrong, leaves out what can be answered without looking.
+    """
+    a, b = ({(r["file"], r["sample_id"]): r for r in records} for records in (records_a, records_b))
+    different = [key for key in a.keys() | b.keys()
+                 if key not in a or key not in b or any(a[key][k] != b[key][k] for k in ("gold", "options"))]
+    if different:
+        file, sample_id = min(different)
+        raise ValueError(f"--compare {place}: {len(different)} samples are not the same questions on both sides, such as "
+                         f"{sample_id!r} of {file}; evaluate both on the same files, with the same --max_samples and --seed")
     rows = []
-    for file in dict.fromkeys(r["file"] for r in ours):
-        a, b = ({r["sample_id"]: r for r in records if r["file"] == file} for records in (ours, theirs))
-        different = [i for i in a.keys() | b.keys() if i not in a or i not in b or a[i]["gold"] != b[i]["gold"]]
-        if different:
-            raise ValueError(f"--compare {place}: {len(different)} samples of {file} are not the same questions on both sides, "
-                             f"such as {sorted(different)[0]!r}; evaluate both models on the same files")
-        only_ours = sum(a[i]["correct"] and not b[i]["correct"] for i in a)
-        only_theirs = sum(b[i]["correct"] and not a[i]["correct"] for i in a)
-        rows.append({"file": file, "n": len(a), "difference": (only_ours - only_theirs) / len(a), "only_ours": only_ours,
-                     "only_theirs": only_theirs, "mcnemar_p": mcnemar_p(only_ours, only_theirs)})
+    for (file, part), of_part in parts(records_a).items():
+        pairs, n = [(r, b[file, r["sample_id"]]) for r in of_part], len(of_part)
+        count = Counter((r["correct"], other["correct"]) for r, other in pairs)
+        only_a, only_b = count[True, False], count[False, True]
+        missed, flips = only_a + count[False, False], sum(r["parsed"] != other["parsed"] for r, other in pairs)
+        rows.append({
+            "file": file, "part": part, "n": n, "chance": sum(1 / len(r["options"]) for r in of_part) / n,
+            "both": count[True, True], "only_a": only_a, "only_b": only_b, "neither": count[False, False],
+            "difference": (only_a - only_b) / n, "difference_interval": paired_interval(only_a, only_b, n),
+            "mcnemar_p": mcnemar_p(only_a, only_b), "flip_rate": flips / n, "flip_interval": wilson_interval(flips, n),
+            "missed": missed, "accuracy_on_missed": only_a / missed if missed else None,
+            "missed_interval": wilson_interval(only_a, missed)})
     return rows
 
 
@@ -163,9 +210,12 @@ def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, 
             ids, length = (None, 0) if example.error else next(completions)
             response = "" if example.error else completion_text(tokenizer, ids, length, end_ids)
             parsed = GRADERS[args.grader](response, example.options)
+            sample, (video, image) = example.sample, file_names(example.sample)
             records.append({
-                "file": file, "sample_id": example.sample.sample_id, "group": example.sample.group, "gold": example.gold,
-                "parsed": parsed, "correct": parsed == example.gold, "length": length,
+                "file": file, "sample_id": sample.sample_id, "group": sample.group, "video": video, "image": image,
+                "question": sample.question, "options": list(example.options), "goal": sample.goal,
+                "progress": list(sample.progress),
+                "gold": example.gold, "parsed": parsed, "correct": parsed == example.gold, "length": length,
                 "truncated": not example.error and ids[length - 1].item() not in end_ids, "error": example.error,
                 "response": response})
         progress.update(len(examples))
@@ -174,22 +224,36 @@ def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, 
     return records
 
 
-def print_table(rows: list[dict], compared: list[dict]) -> None:
-    """The table on screen."""
-    against = {row["file"]: row for row in compared}
-    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'parsed':>7} {'cut off':>8} {'bad':>4}"
-          + ("  against --compare (McNemar)" if compared else "")
-          + ("  paper, 7B: vanilla / SFT / GRPO" if any(row["published"] for row in rows) else ""))
+def print_table(rows: list[dict]) -> None:
+    """Accuracy by file and part, on screen."""
+    published = any(row["published"] for row in rows)
+    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} {'cut off':>8} {'bad':>4}"
+          + ("  paper, 7B: vanilla / SFT / GRPO" if published else ""))
     for row in rows:
-        name = f"  {row['group']}" if row["group"] else Path(row["file"]).stem
-        line = (f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
-                f"{row['parse_rate']:8.1%} {row['truncated_frac']:8.1%} {row['bad_samples']:4}")
-        if row["file"] in against and not row["group"]:
-            pair = against[row["file"]]
-            line += f"  {100 * pair['difference']:+.1f} points, p = {pair['mcnemar_p']:.1e}"
-        if row["published"]:
-            line += "  " + " / ".join(f"{x:.2f}" for x in row["published"])
-        print(line)
+        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
+        interval = f"{row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
+        print(f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {interval} {row['chance']:7.0%}{row['parse_rate']:8.1%} {row['truncated_frac']:8.1%} {row['bad_samples']:4}"
+              + ("  " + " / ".join(f"{x:.2f}" for x in row["published"]) if row["published"] else ""))
+
+
+def print_comparison(a: dict, b: dict, rows: list[dict]) -> None:
+    """Two evaluations side by side; `a` and `b` say which: model, video, output_dir."""
+    print()
+    for letter, run in (("a", a), ("b", b)):
+        print(f"{letter}: {run['model']}, --video {run['video']}")
+    print(f"{'':24} {'n':>5} {'both':>5} {'only a':>6} {'only b':>6} {'neither':>7}  {'a - b, in points':22} {'McNemar':>8}"
+          f"  {'flipped':22}  {'a, where b was wrong':22} {'chance':>6}")
+    for row in rows:
+        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
+        low, high = row["difference_interval"]
+        gain = f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        flipped = f"{row['flip_rate']:.1%} ({row['flip_interval'][0]:.1%} to {row['flip_interval'][1]:.1%})"
+        missed = "none was" if not row["missed"] else (
+            f"{row['accuracy_on_missed']:.1%} ({row['missed_interval'][0]:.1%} to {row['missed_interval'][1]:.1%})")
+        print(f"{name:24} {row['n']:5} {row['both']:5} {row['only_a']:6} {row['only_b']:6} {row['neither']:7}  {gain:22} "
+              f"{row['mcnemar_p']:8.2g}  {flipped:22}  {missed:22} {row['chance']:6.0%}")
+    if Path(a["model"]).resolve() == Path(b["model"]).resolve() and a["video"] == "full" != b["video"]:
+        print("One model: a - b is its multi-modal gain, flipped the share of its answers that change with what it is shown.")
 
 
 def main(args: Args) -> list[dict]:
@@ -197,15 +261,18 @@ def main(args: Args) -> list[dict]:
     # 1 setup
     rank, world_size, device = setup()
     args = resolve_toy(args)
-    other = []
+    other, other_settings = [], {}
     if args.compare:  # read first: a wrong path should not cost an evaluation
-        path = Path(args.compare) / "samples.jsonl"
-        if not path.exists():
-            raise ValueError(f"--compare {args.compare}: there is no samples.jsonl in it; give the output_dir of an evaluation")
-        other = [json.loads(line) for line in path.read_text().splitlines()]
-        grader = json.loads((Path(args.compare) / "args.json").read_text())["grader"]
-        if grader != args.grader:
-            raise ValueError(f"--compare {args.compare} was graded with {grader}; give --grader {grader}")
+        answers, settings = Path(args.compare) / "samples.jsonl", Path(args.compare) / "args.json"
+        if not (answers.exists() and settings.exists()):
+            raise ValueError(f"--compare {args.compare}: there is no samples.jsonl and args.json in it; give the output_dir of an "
+                             "evaluation")
+        other = [json.loads(line) for line in answers.read_text().splitlines()]
+        other_settings = json.loads(settings.read_text())
+        if "video" not in other_settings:
+            raise ValueError(f"--compare {args.compare}: made by an earlier version of evaluate.py; evaluate that model again")
+        if other_settings["grader"] != args.grader:
+            raise ValueError(f"--compare {args.compare}: its grader was {other_settings['grader']}; give --grader the same")
 
     # 2 data
     tokenizer = load_tokenizer(args.model)
@@ -214,8 +281,12 @@ def main(args: Args) -> list[dict]:
     for file in args.eval_files:
         samples = load_samples(file, args.data_root)[:args.max_samples or None]
         if any(sample.response for sample in samples):
-            raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation file")
-        datasets[file] = VideoDataset(samples, tokenizer, frames, seed=0)
+            raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation "
+                             "file, or the training file with 'answer' and 'negative_answers'")
+        datasets[file] = VideoDataset(samples, tokenizer, frames, args.seed, args.video)
+    if rank == 0:
+        for file, dataset in datasets.items():
+            print(f"{file}: {dataset.describe_prompt()}")
 
     # 3 model: an actor on every rank, and no process waits for another while it decodes
     actor = load_actor(args, device)
@@ -233,13 +304,23 @@ def main(args: Args) -> list[dict]:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
     # 5 numbers
-    rows = summarise(records)
-    compared = compare(records, other, args.compare) if args.compare else []
+    rows = summarise(records, args.video)
+    compared = {}
+    if args.compare:  # the run that saw its clips comes first
+        sides = [(records, vars(args)), ([r for r in other if r["file"] in order], other_settings)]
+        if args.video != "full" and other_settings["video"] == "full":
+            sides.reverse()
+        (records_a, run_a), (records_b, run_b) = sides
+        compared = {"a": {key: run_a[key] for key in ("model", "video", "output_dir")},
+                    "b": {key: run_b[key] for key in ("model", "video", "output_dir")},
+                    "rows": compare(records_a, records_b, args.compare)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
                "rows": rows, "compared": compared}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_table(rows, compared)
+    print_table(rows)
+    if compared:
+        print_comparison(**compared)
     return rows
 
 

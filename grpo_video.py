@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, Frames, VideoDataset, load_samples, make_loader, parse_answer, step_batch
+from data import VIDEO, Example, Frames, VideoDataset, leave_out, load_samples, make_loader, parse_answer, step_batch
 from model import (COUNTS, Prompts, Ragged, append_jsonl, arg, attend_causally, blank_batch, check_ranges, clock,
                    collate_prompts, copy_weights, embed_prompts, end_token_ids, export, load_checkpoint, load_policy,
                    load_tokenizer, make_actor, mask_from_lengths, max_over_ranks, open_run, parse_args, report, resolve_toy,
@@ -76,6 +76,7 @@ class Args:
     train_file: str = arg("annotations/training_6k.jsonl", "under data_root: JSONL or a JSON list")
     output_dir: str = arg("out/grpo", "metrics.jsonl, samples.txt, checkpoints/ and final/ go here")
     max_samples: int = arg(0, "use the first so many samples of the file; 0: all")
+    leave_out: list[str] = arg([], "samples.jsonl of evaluations of train_file: what all of them answered right is left out")
     seed: int = arg(0, "of data order, distractors, option order and sampling")
     # pixels
     num_frames: int = arg(16, "most frames of a clip, even, >= 2")
@@ -83,6 +84,7 @@ class Args:
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
+    video: str = arg("full", "what the policy gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     # group sampling
     group_size: int = arg(8, "G: completions per prompt, >= 2")
     temperature: float = arg(1.0, "of sampling, and so of every log-prob, > 0")
@@ -129,7 +131,7 @@ class Args:
 
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, max_completion_length=64, prompts_per_step=8, micro_batch_size=32, max_steps=180,
+TOY = dict(image_size=56, max_completion_length=64, prompts_per_step=8, micro_batch_size=32, max_steps=240,
            learning_rate=2e-4, kl_coef=0.0, gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_grpo")
 
 
@@ -483,10 +485,13 @@ def main(args: Args) -> Path:
     if any(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: these records are for SFT (they have a 'response' and no gold answer); "
                          "GRPO needs the training shape, such as training_6k.jsonl")
+    samples = leave_out(samples, args.leave_out)
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
     frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
-    dataset = VideoDataset(samples, tokenizer, frames, args.seed)
+    dataset = VideoDataset(samples, tokenizer, frames, args.seed, args.video)
+    if rank == 0:
+        print(f"{args.train_file}: {dataset.describe_prompt()}")
 
     # 3 model
     policy = load_policy(args, device, naive=args.naive)

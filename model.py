@@ -65,8 +65,11 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 # Arguments and processes: one command line for a laptop and for a cluster.
 
 def arg(default, meaning: str):
-    """A dataclass field with its meaning, which --help prints."""
-    return field(default=default, metadata={"help": meaning.replace("%", "%%")})
+    """A dataclass field with its meaning, which --help prints. A list is the default by value: no two instances share it."""
+    metadata = {"help": meaning.replace("%", "%%")}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_ranges(args, **ranges: tuple[float, float | None]) -> None:
@@ -159,8 +162,18 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 # Loading and sharding.
 
 def load_tokenizer(model: str):
-    """The tokenizer of a local folder or hub id. No code from the hub is ever run."""
-    return AutoTokenizer.from_pretrained(model)
+    """The tokenizer of a local folder or hub id. No code from the hub is ever run.
+
+    ValueError if its vision tokens are not those of the model: then no pixel would arrive where the model expects it, and
+    whole runs have been trained without a video that nobody missed (Qwen-VL-Series-Finetune#207).
+    """
+    tokenizer, config = AutoTokenizer.from_pretrained(model), check_qwen2_vl(model)
+    for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id)):
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != wanted:
+            raise ValueError(f"--model {model}: {token} is token {found} of its tokenizer and {wanted} of its config; take both "
+                             "from one model")
+    return tokenizer
 
 
 def check_qwen2_vl(model: str):
@@ -265,6 +278,8 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
     pixels = [(values, grid) for e in examples
               for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw))
               if values is not None]
+    if not pixels:  # --video text_only. The vision tower must run on all ranks alike: on a token that no prompt has a place for
+        pixels = [patchify(np.zeros((1, 28, 28, 3), np.uint8))]
     batch = Prompts(
         ids=torch.cat([e.prompt_ids for e in examples]),
         lengths=torch.tensor([len(e.prompt_ids) for e in examples]),
@@ -572,9 +587,9 @@ def open_run(args, resume: bool = False) -> Path:
     if settings.exists() and not resume and Path(args.model).resolve().is_relative_to(output_dir.resolve()):
         raise ValueError(f"--model {args.model} lies in --output_dir {output_dir}, which is about to be moved aside; give another")
     if resume and settings.exists():
-        before = json.loads(settings.read_text())
-        changed = [f"--{name} {value} (it was {before.get(name)})" for name, value in vars(args).items()
-                   if name not in FREE_ON_RESUME and before.get(name) != value]
+        before = {**vars(type(args)()), **json.loads(settings.read_text())}  # a flag that is newer than the run had its default
+        changed = [f"--{name} {value} (it was {before[name]})" for name, value in vars(args).items()
+                   if name not in FREE_ON_RESUME and before[name] != value]
         if changed:
             raise ValueError(f"--resume continues the run in {output_dir}, but with {', '.join(changed)}; give the same flags")
     dist.barrier()  # every rank has looked before rank 0 writes

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Example, Frames, VideoDataset, load_samples, make_loader, step_batch
+from data import VIDEO, Frames, VideoDataset, leave_out, load_samples, make_loader, step_batch
 from model import (append_jsonl, arg, blank_batch, check_ranges, clock, collate_prompts, export, load_checkpoint, load_policy,
                    load_tokenizer, mask_from_lengths, max_over_ranks, open_run, parse_args, report, resolve_toy,
                    save_checkpoint, setup, sum_over_ranks)
@@ -43,6 +43,7 @@ class Args:
     train_file: str = arg("annotations/training_with_cot_6k.jsonl", "under data_root: JSONL or a JSON list")
     output_dir: str = arg("out/sft", "metrics.jsonl, checkpoints/ and final/ go here")
     max_samples: int = arg(0, "use the first so many samples of the file; 0: all")
+    leave_out: list[str] = arg([], "samples.jsonl of evaluations of train_file: what all of them answered right is left out")
     seed: int = arg(0, "of data order")
     # pixels
     num_frames: int = arg(16, "most frames of a clip, even, >= 2")
@@ -50,6 +51,7 @@ class Args:
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
+    video: str = arg("full", "what the policy gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     # optimisation; all quantities are global, whatever the number of ranks
     prompts_per_step: int = arg(128, "records per step over all ranks, a multiple of their number")
     num_epochs: int = arg(1, "passes over the data when max_steps is 0")
@@ -73,7 +75,7 @@ class Args:
 
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, num_frames=8, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=1e-4,
+TOY = dict(image_size=56, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=1e-4,
            gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_sft")
 
 
@@ -104,10 +106,13 @@ def main(args: Args) -> Path:
     if not all(sample.response for sample in samples):
         raise ValueError(f"{args.train_file}: its records have no 'response' to learn from; SFT needs the shape of "
                          "training_with_cot_6k.jsonl ('prompt' messages and a 'response')")
+    samples = leave_out(samples, args.leave_out)
     num_steps = args.max_steps or max(1, args.num_epochs * len(samples) // args.prompts_per_step)
     tokenizer = load_tokenizer(args.model)
     frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
-    dataset = VideoDataset(samples, tokenizer, frames, args.seed)
+    dataset = VideoDataset(samples, tokenizer, frames, args.seed, args.video)
+    if rank == 0:
+        print(f"{args.train_file}: {dataset.describe_prompt()}")
 
     # 3 model
     policy = load_policy(args, device)

@@ -1,14 +1,16 @@
-"""The table and the picture of a folder of runs on the toy world, as `make demo` and `make results` lay them out.
+"""The tables and the picture of a folder of runs on the toy world, as `make demo` and `make results` lay them out.
 
-    python docs/results.py out/demo                        # prints the table, writes out/demo/results.png
+    python docs/results.py out/demo                        # prints the tables, writes out/demo/results.png
     python docs/results.py out/results docs/results.png    # the picture in the README
 
-Expected in the folder: base/ (an evaluation of the base model) and any of grpo_seed*/ and sft_seed*/ (training runs, each
-with its evaluation in eval/).
+Any evaluation below the folder is a row: out/results/grpo_seed0/random is "grpo", --video random. Runs whose names differ by
+their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve. Accuracies are those of the questions
+with a clip.
 """
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,13 +19,67 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-COLOURS = {"base": "#8a8f98", "SFT": "#d98c3f", "GRPO": "#2b6cb0"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import VIDEO  # noqa: E402
+from toy import CLAIMS, check_claims  # noqa: E402
+
+COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "grpo": "#2b6cb0", "grpo_blank": "#222222"}
 
 
-def levels(folder: Path) -> dict[str, dict]:
-    """The row of each evaluated file: {"L1": {...}, ...}."""
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return {Path(row["file"]).stem.removeprefix("validation_"): row for row in rows if not row["group"]}
+def run_name(run: Path) -> str:
+    return re.sub(r"_seed\d+$", "", run.name)
+
+
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Files below the folder, but none of runs and evaluations that were moved aside (.old1)."""
+    return [path for path in sorted(folder.glob(pattern)) if not re.search(r"\.old\d+/", path.relative_to(folder).as_posix())]
+
+
+def read_evaluations(folder: Path) -> dict[tuple[str, str], list[dict]]:
+    """(run, --video) -> for each seed the rows of its questions with a clip, by file: [{"validation_L1": row, ..}, ..]."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for path in find(folder, "*/*/results.json"):
+        results = json.loads(path.read_text())
+        if "part" not in results["rows"][0]:
+            raise ValueError(f"{path}: written by an earlier version of evaluate.py; evaluate again, or move it away")
+        rows = {Path(row["file"]).stem.removeprefix("validation_"): row for row in results["rows"] if row["part"] == "with a clip"}
+        found[run_name(path.parent.parent), results["settings"]["video"]][path.parent.parent].update(rows)
+    runs, videos = ["base", "sft", "grpo"], list(VIDEO)  # others behind them, by name
+    places = {key: (runs.index(key[0]) if key[0] in runs else len(runs), key[0], videos.index(key[1])) for key in found}
+    return {key: list(found[key].values()) for key in sorted(found, key=places.get)}
+
+
+def print_accuracies(evaluations: dict) -> None:
+    """In Markdown: accuracy with its 95% Wilson interval; over seeds the mean, and the lowest to the highest bound."""
+    files = list(dict.fromkeys(file for seeds in evaluations.values() for rows in seeds for file in rows))
+    counts = {file: next(rows[file]["n"] for seeds in evaluations.values() for rows in seeds if file in rows) for file in files}
+    print("| greedy accuracy, questions with a clip | " + " | ".join(f"{file} (n = {n})" for file, n in counts.items()) + " |")
+    print("|---" * (len(files) + 1) + "|")
+    for (run, video), seeds in evaluations.items():
+        cells = []
+        for file in files:
+            rows = [seed[file] for seed in seeds if file in seed]
+            mean = np.mean([100 * row["accuracy"] for row in rows]) if rows else 0
+            low, high = (100 * end(row[key] for row in rows) if rows else 0 for end, key in ((min, "wilson_low"), (max, "wilson_high")))
+            cells.append(f"{mean:.1f} ({low:.0f} to {high:.0f})" if rows else "")
+        print(f"| {run}, `{video}`, {len(seeds)} run{'s' if len(seeds) > 1 else ''} | " + " | ".join(cells) + " |")
+
+
+def print_claims(folder: Path) -> None:
+    """In Markdown: how many of the claims of each kind hold that the reasoning makes about questions with a clip."""
+    held = defaultdict(lambda: defaultdict(list))  # run -> (file, kind) -> whether each claim holds
+    for path in find(folder, "*/full/samples.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            if record["video"]:
+                file, progress = Path(record["file"]).stem.removeprefix("validation_"), tuple(record["progress"])
+                for kind, _, holds in check_claims(record["response"], record["goal"], progress, tuple(record["options"])):
+                    held[run_name(path.parent.parent)][file, kind].append(holds)
+    print("\n| % of claims that hold | " + " | ".join(CLAIMS) + " |\n" + "|---" * (len(CLAIMS) + 1) + "|")
+    for run, claims in held.items():
+        for file in dict.fromkeys(file for file, _ in claims):
+            cells = [claims[file, kind] for kind in CLAIMS]
+            shares = [f"{100 * np.mean(cell):.0f} ({len(cell)})" if cell else "none" for cell in cells]
+            print(f"| {run}, {file} | " + " | ".join(shares) + " |")
 
 
 def smooth(values: list[float], width: int = 9) -> np.ndarray:
@@ -31,60 +87,55 @@ def smooth(values: list[float], width: int = 9) -> np.ndarray:
     return np.array([np.mean(values[max(0, i - width // 2):i + width // 2 + 1]) for i in range(len(values))])
 
 
-def main(folder: Path, picture: Path) -> None:
-    base = levels(folder / "base")
-    runs = {name: sorted(path for path in folder.iterdir() if re.fullmatch(rf"{prefix}_seed\d+", path.name))  # not .old1
-            for name, prefix in (("SFT", "sft"), ("GRPO", "grpo"))}
-    runs = {name: paths for name, paths in runs.items() if paths}
-    evals = {name: [levels(path / "eval") for path in paths] for name, paths in runs.items()}
-
-    # The table, in Markdown: accuracy with its 95% Wilson interval; over seeds the mean, and the lowest to the highest bound.
-    print("| | " + " | ".join(f"{level} (n = {row['n']})" for level, row in base.items()) + " |")
-    print("|---" * (len(base) + 1) + "|")
-    print("| base | " + " | ".join(f"{r['accuracy']:.1%} ({r['wilson_low']:.1%} to {r['wilson_high']:.1%})" for r in base.values()) + " |")
-    for name, seeds in evals.items():
-        cells = []
-        for level in base:
-            rows = [seed[level] for seed in seeds]
-            low, high = min(row["wilson_low"] for row in rows), max(row["wilson_high"] for row in rows)
-            cells.append(f"{np.mean([row['accuracy'] for row in rows]):.1%} ({low:.1%} to {high:.1%})")
-        print(f"| {name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} | " + " | ".join(cells) + " |")
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for path in runs.get("GRPO", []):
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        left.plot([m["step"] for m in metrics], smooth([100 * m["accuracy"] for m in metrics]), color=COLOURS["GRPO"], alpha=0.8)
+def draw(folder: Path, evaluations: dict, picture: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 3))
+    labelled = set()
+    for path in find(folder, "*/metrics.jsonl"):
+        metrics = [json.loads(line) for line in path.read_text().splitlines()]
+        run = run_name(path.parent)
+        if "accuracy" in metrics[0]:
+            left.plot([m["step"] for m in metrics], smooth([100 * m["accuracy"] for m in metrics]), color=COLOURS.get(run),
+                      alpha=0.8, label=None if run in labelled else run)
+            labelled.add(run)
     left.axhline(25, color="black", linewidth=0.8, linestyle=":")
     left.text(0, 26, "chance", fontsize=8)
-    left.set(xlabel="GRPO step", ylabel="% of sampled answers right", ylim=(0, 100),
-             title="Training: one line per seed (mean of 9 steps)")
+    left.set(xlabel="GRPO step", ylabel="% of sampled answers right", ylim=(0, 100), title="Training: a line per seed")
+    if labelled:
+        left.legend(loc="lower right", frameon=False, fontsize=8)
 
-    width = 0.8 / (1 + len(evals))
-    x = np.arange(len(base))
-    bars = {"base": [[row["accuracy"] for row in base.values()]]}
-    bars |= {name: [[seed[level]["accuracy"] for level in base] for seed in seeds] for name, seeds in evals.items()}
-    for i, (name, accuracies) in enumerate(bars.items()):
-        accuracies = 100 * np.array(accuracies)  # (seeds, levels)
+    bars = {key: seeds for key, seeds in evaluations.items() if key[1] in ("full", "random")}
+    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))
+    x, width = np.arange(len(files)), 0.85 / max(1, len(bars))
+    for i, ((run, video), seeds) in enumerate(bars.items()):
+        accuracies = np.array([[100 * rows[file]["accuracy"] if file in rows else np.nan for file in files] for rows in seeds])
         place = x + (i - len(bars) / 2 + 0.5) * width
-        right.bar(place, accuracies.mean(0), width * 0.92, color=COLOURS[name], label=name)
+        colour = COLOURS.get(run, f"C{i}")
+        right.bar(place, accuracies.mean(0), width * 0.92, label=run if video == "full" else f"{run}, other clips",
+                  edgecolor=colour, color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
         for level, mean in enumerate(accuracies.mean(0)):
-            right.text(place[level], 2, f"{mean:.0f}", ha="center", fontsize=9, color="white")
+            if not np.isnan(mean):
+                right.text(place[level], mean + 2, f"{mean:.0f}", ha="center", fontsize=7)
         if len(accuracies) > 1:
             for seed in accuracies:
-                right.plot(place, seed, "o", color="black", markersize=2.5)
-        else:
-            rows = [base[level] if name == "base" else evals[name][0][level] for level in base]
-            ends = 100 * np.array([[r["accuracy"] - r["wilson_low"] for r in rows], [r["wilson_high"] - r["accuracy"] for r in rows]])
-            right.errorbar(place, accuracies[0], yerr=ends, fmt="none", color="black", capsize=2, linewidth=0.8)
+                right.plot(place, seed, "o", color="black", markersize=2)
     right.axhline(25, color="black", linewidth=0.8, linestyle=":")
     names = {"L1": "same kitchens,\nsame tasks", "L2": "new kitchens,\nsame tasks", "L3": "new kitchens,\nnew tasks"}
-    right.set_xticks(x, [f"{level}\n{names.get(level, '')}" for level in base])
-    right.set(ylabel="greedy accuracy, %", ylim=(0, 105), title="Held-out questions")
-    right.legend(loc="upper right", ncols=3, frameon=False, fontsize=8)
+    right.set_xticks(x, [f"{file}\n{names.get(file, '')}" for file in files], fontsize=8)
+    right.set(ylabel="greedy accuracy, %", ylim=(0, 115), title="Held-out questions with a clip")
+    right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=160)
     print(f"\nwrote {picture}")
+
+
+def main(folder: Path, picture: Path) -> None:
+    evaluations = read_evaluations(folder)
+    if not evaluations:
+        raise ValueError(f"{folder}: no RUN/EVALUATION/results.json in it; see `make demo` in the Makefile for the layout")
+    print_accuracies(evaluations)
+    print_claims(folder)
+    draw(folder, evaluations, picture)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python tests/bench.py --trl ENV/bin/python     # B5 as well; ENV has trl and torchvision, and this project's packages
     python tests/bench.py --shape 7B               # on a GPU: random weights in Qwen2-VL-7B's shapes, bf16 (never run so far)
 
-On a CPU the model is the toy world's base, one million weights, but prompts are as long as the paper's: P = 900 tokens, 729 of
+On a CPU the model is the toy world's base, 1.4 million weights, but prompts are as long as the paper's: P = 900 tokens, 729 of
 them vision (16 frames and an image of 252 pixels), G = 8 completions. A model this small spends its time differently from a
 large one on a GPU, so no ratio from here says anything about a GPU; the counts do. Both sides of a ratio have the same weights
 and the same token counts (the end token is off), and take turns: first one, then the other, in every round. Ratios are medians

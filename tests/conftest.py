@@ -9,7 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "assets/toy_base"), str(ROOT / "docs")]
 
 import float64  # noqa: E402
 import toy  # noqa: E402
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 float64.lift()
 
-FRAMES = Frames(num_frames=8, image_size=56)
+FRAMES = Frames(fps=0.5, image_size=56)  # 4 or 6 frames of the toy world's clips of 8 or 12 s, so that prompts are ragged
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +47,12 @@ def dataset(world, tokenizer):
 
 @pytest.fixture(scope="session")
 def ragged(dataset):
-    """Four examples of different lengths: image only, and clips of one, two and four steps."""
-    picked = [next(i for i, s in enumerate(dataset.samples) if len(s.progress) == n) for n in (0, 1, 2, 4)]
-    examples = [dataset[0, i] for i in picked]
-    assert len({len(e.prompt_ids) for e in examples}) > 2 and not any(e.error for e in examples)
+    """Four examples of different lengths: image only, and clips of 4 and 6 frames, asked about goals of more or fewer words."""
+    examples, clips = [], [dataset[0, i] for i in range(40)]
+    for grid_t in (None, 2, 3, 3):
+        of_size = [e for e in clips if (e.video_grid_thw is None) == (grid_t is None) and (grid_t is None or e.video_grid_thw[0, 0] == grid_t)]
+        examples.append(next(e for e in of_size if len(e.prompt_ids) not in {len(other.prompt_ids) for other in examples}))
+    assert len({len(e.prompt_ids) for e in examples}) == 4 and not any(e.error for e in examples)
     return examples
 
 

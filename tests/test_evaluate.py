@@ -2,12 +2,12 @@
 import itertools
 import json
 import math
-import sys
 
 import pytest
-from conftest import ROOT
+import results as results_script
 
 import evaluate
+import toy
 from evaluate import compare, mcnemar_p, print_table, summarise, wilson_interval
 
 
@@ -35,7 +35,7 @@ def test_mcnemar_equals_counting_all_coin_flips(only_ours, only_theirs):
 
 
 def record(i, parsed, gold="A", group="", file="annotations/validation_L1.jsonl", error=""):
-    return {"file": file, "sample_id": str(i), "group": group, "gold": gold, "parsed": parsed, "correct": parsed == gold,
+    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4", "options": ["w", "x", "y", "z"], "gold": gold, "parsed": parsed, "correct": parsed == gold,
             "truncated": False, "error": error}
 
 
@@ -50,9 +50,9 @@ def test_summary_by_domain_and_published_numbers(capsys):
     domains = ["Daily life", "Hobbies", "Recreation", "Work"]
     records = [record(i, "A", group=domains[i % 4], file="x/validation_L3.jsonl") for i in range(1321)]
     rows = summarise(records)
-    assert [row["group"] for row in rows] == ["", *domains] and sum(row["n"] for row in rows[1:]) == 1321
+    assert [row["part"] for row in rows] == ["", *domains] and sum(row["n"] for row in rows[1:]) == 1321
     assert rows[0]["published"] == (31.57, 38.15, 44.89) and rows[2]["published"] == (32.30, 41.02, 45.08)
-    print_table(rows, [])
+    print_table(rows)
     assert "31.57 / 38.15 / 44.89" in capsys.readouterr().out
 
 
@@ -60,7 +60,7 @@ def test_comparison_pairs_by_id_and_refuses_other_questions():
     ours = [record(0, "A"), record(1, "A"), record(2, "B"), record(3, "A")]
     theirs = [record(3, "B"), record(2, "A"), record(1, "B"), record(0, "A")]
     row, = compare(ours, theirs, "there")
-    assert (row["only_ours"], row["only_theirs"], row["difference"]) == (2, 1, 0.25)
+    assert (row["only_a"], row["only_b"], row["difference"]) == (2, 1, 0.25)
     for different in (theirs[:3], [*theirs[:3], record(0, "A", gold="C")], [*theirs, record(9, "A")]):
         with pytest.raises(ValueError, match="--compare there: 1 samples"):
             compare(ours, different, "there")
@@ -80,13 +80,21 @@ def test_first_letter_grader_is_there_for_parity():
 
 
 def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
-    sys.path.insert(0, str(ROOT / "docs"))
-    import results
-    row = {"file": "annotations/validation_L1.jsonl", "group": "", "n": 10, "accuracy": 0.3, "wilson_low": 0.1, "wilson_high": 0.6}
-    for folder, accuracy in (("base", 0.3), ("grpo_seed0/eval", 0.8), ("grpo_seed1/eval", 0.9), ("grpo_seed0.old1/eval", 0.1)):
+    row = {"file": "annotations/validation_L1.jsonl", "part": "with a clip", "n": 10, "accuracy": 0.3, "wilson_low": 0.1, "wilson_high": 0.6}
+    answer = {**record(0, "A"), "goal": "Make tea", "progress": [toy.RECIPES["make tea"][0]],
+              "response": f"<think>I see {toy.RECIPES['make tea'][0]}, cut pot. Next is w (A).</think><answer>B</answer>"}
+    for folder, accuracy, video in (("base/full", 0.3, "full"), ("grpo_seed0/full", 0.8, "full"), ("grpo_seed1/full", 0.9, "full"),
+                                    ("grpo_seed1/random", 0.2, "random"), ("grpo_seed0.old1/full", 0.1, "full"), ("grpo_seed0/full.old1", 0.1, "full")):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "results.json").write_text(json.dumps({"rows": [{**row, "accuracy": accuracy}]}))
+        whole = {**row, "part": "", "accuracy": 0.0}  # with the questions that have no clip: not what is compared
+        results = {"rows": [whole, {**row, "accuracy": accuracy}], "settings": {"video": video}}
+        (tmp_path / folder / "results.json").write_text(json.dumps(results))
+        (tmp_path / folder / "samples.jsonl").write_text(json.dumps(answer) + "\n")
         (tmp_path / folder).parent.joinpath("metrics.jsonl").write_text(json.dumps({"step": 0, "accuracy": 0.5}) + "\n")
-    results.main(tmp_path, tmp_path / "picture.png")
-    assert "| GRPO, 2 seeds | 85.0% (10.0% to 60.0%) |" in capsys.readouterr().out
+    results_script.main(tmp_path, tmp_path / "picture.png")
+    printed = capsys.readouterr().out
+    assert "| grpo, `full`, 2 runs | 85.0 (10 to 60) |" in printed and "| grpo, `random`, 1 run | 20.0 (10 to 60) |" in printed
+    assert "| base, L1 | 50 (2) | 0 (1) | 0 (1) | 100 (1) | 0 (1) |" in printed  # step, count, next, option, answer
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no RUN/EVALUATION"):
+        results_script.main(tmp_path / "base/full", tmp_path / "picture.png")

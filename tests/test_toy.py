@@ -3,6 +3,7 @@ tells the truth, and its base model is an ordinary folder."""
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import check
+import pretrain
 import toy
-from data import build_options, encode_prompt, load_samples, parse_answer, read_image, read_video, user_text
+from data import VideoDataset, build_options, encode_prompt, frame_indices, load_samples, parse_answer, read_image, user_text
 
 LEVELS = ("L1", "L2", "L3")
 COMMON = {"sample_id", "video_source", "video_id", "task_goal", "question", "task_progress_metadata", "current_observation_frame",
@@ -20,8 +23,9 @@ CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return toy.build(tmp_path_factory.mktemp("world") / "toy")
+def root(tmp_path_factory, world):
+    """The world in a folder of its own, to which a test may add."""
+    return shutil.copytree(world, tmp_path_factory.mktemp("world") / "toy")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_every_file_loads_and_every_pixel_file_is_there(root, records):
         samples = load_samples(f"annotations/{name}.jsonl", root)
         assert len(samples) == len(records[name])
         assert all(sample.image.is_file() and (sample.video is None or sample.video.is_file()) for sample in samples)
-        assert 0.1 < sum(sample.video is None for sample in samples) / len(samples) < 0.3  # image only: before the first step
+        assert sum(sample.video is None for sample in samples) / len(samples) == pytest.approx(1 / 11)  # image only: nothing done yet
     assert len(list((root / "videos/ToyKitchens").iterdir())) == sum(
         bool(steps_of(record)) for name, split in records.items() if "cot" not in name for record in split)
 
@@ -77,28 +81,33 @@ def test_counts(records):
         assert max(golds.values()) < 0.35 * golds.total()  # no letter is worth guessing
 
 
-def test_clips_have_as_many_frames_as_their_length_asks_for(root):
-    counts = defaultdict(set)
-    for sample in load_samples("annotations/training_6k.jsonl", root)[:40]:
-        if sample.video:
-            pixels = read_video(sample.video, toy.FRAMES)
-            assert pixels.shape[1:] == (56, 56, 3)
-            counts[len(sample.progress)].add(len(pixels))
+def test_clips_differ_in_length_and_prompts_do_not(root, tokenizer):
+    """How many frames a clip has, how many of them are sampled and how long the prompt gets tells nothing of the progress."""
+    seconds, sampled, tokens = defaultdict(set), set(), defaultdict(set)
+    for record in toy.make_records("train"):
+        clip, _ = toy.pixels_for(record)
+        if clip is not None:
+            seconds[len(steps_of(record))].add(len(clip) / toy.NATIVE_FPS)
+    assert all(seconds[done] == {8, 12} for done in range(1, 6))
+    dataset = VideoDataset(load_samples("annotations/training_6k.jsonl", root), tokenizer, toy.FRAMES, 0)
+    for i, sample in enumerate(dataset.samples[:160]):
+        example = dataset[0, i]
         assert read_image(sample.image, toy.FRAMES).shape == (1, 56, 56, 3)
-    assert counts == {1: {4}, 2: {4}, 3: {6}, 4: {8}}
+        if sample.video:
+            sampled.add(tuple(example.video_grid_thw[0].tolist()))
+            tokens[sample.goal].add(len(example.prompt_ids))
+    assert sampled == {(8, 4, 4)} and all(len(lengths) == 1 for lengths in tokens.values()) and len(tokens) == 16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits.
 
 def test_no_level_repeats_training(root, records):
+    """Neither a clip nor an image. (The four options of a task are always its four steps, and so the same everywhere.)"""
     def hashes(names, kind):
         return [hashlib.sha256((root / kind / "ToyKitchens" / name).read_bytes()).hexdigest() for name in names if name]
 
     train = records["training_6k"]
-    shown = defaultdict(list)  # (goal, progress) -> every text that a training question can offer
-    for record in train:
-        shown[record["task_goal"], steps_of(record)].append({record["answer"], *record["negative_answers"]})
     train_clips = set(hashes((record["video_basename"] for record in train), "videos"))
     train_images = set(hashes((record["current_observation_basename"] for record in train), "images"))
     for level in LEVELS:
@@ -106,9 +115,6 @@ def test_no_level_repeats_training(root, records):
         clips = hashes((record["video_basename"] for record in level_records), "videos")
         assert len(set(clips)) == len(clips) and not set(clips) & train_clips
         assert not set(hashes((record["current_observation_basename"] for record in level_records), "images")) & train_images
-        for record in level_records:
-            options = {record[choice] for choice in CHOICES}
-            assert not any(options <= texts for texts in shown[record["task_goal"], steps_of(record)])
 
 
 def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
@@ -125,42 +131,111 @@ def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
     assert not any(new_goal in post_training.lower() for new_goal in toy.NEW_GOALS)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_clip_is_needed(records, level):
-    """A player who knows every recipe and sees goal, image and options, but not the clip, can only guess among the points
-    of the recipe that look the same. With the clip there is nothing to guess."""
-    wins = {"goal": 0.0, "goal and image": 0.0, "goal and last step": 0.0, "goal and clip": 0.0}
-    level_records = records[f"validation_{level}"]
-    for record in level_records:
-        recipe, done = toy.RECIPES[record["task_goal"].lower()], len(steps_of(record))
-        options = {record[choice] for choice in CHOICES}
-        looks = {
-            "goal": lambda d: None,
-            "goal and image": lambda d: d > 0,  # an object or none: which object it is does not depend on the progress
-            "goal and last step": lambda d: recipe[d - 1] if d else None,
-            "goal and clip": lambda d: recipe[:d],
-        }
-        for known, look in looks.items():
-            possible = [recipe[d] for d in range(5) if recipe[d] in options and look(d) == look(done)]
-            wins[known] += Counter(possible).most_common(1)[0][1] / len(possible)  # the best guess, over what looks the same
-    share = {known: count / len(level_records) for known, count in wins.items()}
-    assert share["goal"] < 0.5 and share["goal and image"] < 0.6 and share["goal and last step"] < 0.9, share
-    assert share["goal and clip"] == 1
+def sampled_steps(steps, beats, beat_frames):
+    """The step that each sampled frame of a clip shows."""
+    frames = [step for step, lasts in zip(steps, beats) for _ in range(lasts * beat_frames)]
+    return tuple(frames[i] for i in frame_indices(len(frames), toy.NATIVE_FPS, toy.FRAMES))
+
+
+def best_guess(goals, observe):
+    """How often the best player is right on questions with a clip who knows the world and each question's goal and options, and
+    of the clip `observe(steps on the sampled frames)`: an enumeration of all that the generator can draw."""
+    answers = defaultdict(Counter)  # what the player knows -> answer -> probability
+    for goal in goals:
+        recipe = toy.RECIPES[goal]
+        for done in filter(None, toy.POINTS):
+            for beats, probability in toy.timelines(recipe[:done]).items():
+                for beat_frames in toy.BEAT_FRAMES:
+                    seen = observe(sampled_steps(recipe[:done], beats, beat_frames))
+                    answers[goal, seen][recipe[done]] += probability
+    return sum(max(counts.values()) for counts in answers.values()) / sum(counts.total() for counts in answers.values())
+
+
+@pytest.mark.parametrize("goals", [toy.TASKS, toy.NEW_GOALS], ids=["L1 and L2", "L3"])
+def test_the_clip_is_needed_and_no_moment_of_it_is_enough(goals):
+    share = {name: best_guess(goals, observe) for name, observe in {
+        "no pixels": lambda steps: None,  # the options are always the same four, in an order that depends on nothing
+        "image": lambda steps: steps[0].split()[1],  # its object is that of the first step, see the test of images below
+        "last frame": lambda steps: steps[-1],
+        "frames without order": frozenset,
+        "how many frames show what": lambda steps: frozenset(Counter(steps).items()),
+        "clip": lambda steps: steps}.items()}
+    one_frame = [best_guess(goals, lambda steps, i=i: steps[i]) for i in range(16)]
+    assert share["no pixels"] <= 0.4 + 1e-9 and share["image"] <= 0.4 + 1e-9, share
+    assert max(share["last frame"], share["frames without order"], share["how many frames show what"]) <= 0.6 + 1e-9, share
+    assert max(one_frame) <= 0.65  # whoever may choose which one
+    assert share["clip"] == pytest.approx(1)
+
+
+def test_two_frames_are_sampled_of_each_beat_whatever_the_clip_s_length():
+    for beat_frames in toy.BEAT_FRAMES:
+        steps = tuple(f"step {i}" for i in range(toy.NUM_BEATS))
+        assert sampled_steps(steps, (1,) * toy.NUM_BEATS, beat_frames) == tuple(step for step in steps for _ in range(2))
+
+
+@pytest.mark.parametrize("pattern", ["a", "ab", "aba", "abac", "abacb", "abcde", "ababa", "abaca"])
+def test_timelines_fill_the_clip_and_are_probabilities(pattern):
+    ways = toy.timelines(tuple(pattern))
+    assert sum(ways.values()) == pytest.approx(1) and all(p > 0 for p in ways.values())
+    assert all(len(beats) == len(pattern) and sum(beats) == toy.NUM_BEATS and min(beats) >= 1 for beats in ways)
+
+
+def test_clips_are_drawn_from_the_enumerated_timelines():
+    """By looking at the frames: a red disc means that the cup is in hand."""
+    rng, steps = np.random.default_rng(0), ("take cup", "wash pot", "take cup")
+    counts = Counter()
+    for _ in range(3000):
+        clip = toy.draw_clip(np.full((56, 56, 3), 128, np.float32), steps, (0.0, 1.0), rng)
+        beat = len(clip) // toy.NUM_BEATS
+        colour = clip[::beat, 38:48, 10:46].reshape(toy.NUM_BEATS, -1, 3).astype(int)
+        red = (np.abs(colour - toy.NOUNS["cup"]).max(-1) < 30).any(-1)  # a frame a beat
+        runs = [len(list(run)) for _, run in itertools.groupby(red.tolist())]
+        counts[tuple(runs)] += 1
+    expected = toy.timelines((0, 1, 0))
+    assert set(counts) <= set(expected)
+    chi2 = sum((counts[beats] - 3000 * p) ** 2 / (3000 * p) for beats, p in expected.items())
+    assert chi2 < len(expected) - 1 + 5 * (2 * (len(expected) - 1)) ** 0.5  # five standard deviations
+
+
+def test_a_clip_has_as_many_scenes_as_it_has_different_actions():
+    """A step done again looks as it did before: the number of different pictures does not tell the number of steps either. (By
+    colour histograms, which shaking leaves almost alone.)"""
+    kitchen, recipe = toy.draw_kitchen(np.random.default_rng(3)), toy.RECIPES["make tea"]
+    for done, scenes in ((1, 1), (2, 2), (3, 2), (4, 3), (5, 3)):
+        clip = toy.draw_clip(kitchen, recipe[:done], (0.3, 1.0), np.random.default_rng(done))
+        assert len({frame[:, :, 0].sum() for frame in clip.astype(int)}) == scenes  # np.roll moves pixels and loses none
+
+
+def test_no_kitchen_of_the_pre_training_is_one_of_the_worlds():
+    """Else L2's kitchens would be new to the post-training alone."""
+    world = [toy.draw_kitchen(np.random.default_rng([toy.SEED, number])) for number in range(64)]
+    for number in range(64):
+        kitchen = toy.draw_kitchen(np.random.default_rng([toy.SEED, number, pretrain.PRETRAINING]))
+        assert not any(np.array_equal(kitchen, other) for other in world)
+
+
+def test_option_order_is_independent_of_the_progress(records):
+    for name in (f"validation_{level}" for level in LEVELS):
+        place = defaultdict(Counter)
+        for record in records[name]:
+            place[len(steps_of(record))][record["golden_choice_idx"]] += 1
+        for counts in (counts for done, counts in place.items() if done):
+            assert max(counts.values()) < 0.45 * counts.total()  # 64 or 72 each: 3.7 standard deviations above a quarter
 
 
 def test_the_image_does_not_depend_on_the_progress():
-    """Seen from the same place, the images after one step and after four are equal: the object that the task began with."""
+    """Seen from the same place, the images after one step and after five are equal: the object that the task began with."""
     for goal, recipe in toy.RECIPES.items():
         kitchen = toy.draw_kitchen(np.random.default_rng(1))
-        images = [toy.draw_image(kitchen, recipe[:done], np.random.default_rng(2)) for done in range(5)]
+        images = [toy.draw_image(kitchen, recipe[:done], (0.5, 1.0), np.random.default_rng(2)) for done in range(6)]
         assert all(np.array_equal(images[1], image) for image in images[2:]), goal
         assert not np.array_equal(images[0], images[1])
 
 
-def test_recipes_repeat_a_step_with_another_step_behind_it():
-    for goal, recipe in toy.RECIPES.items():
-        assert len(recipe) == 5 and all(a != b for a, b in zip(recipe, recipe[1:]))
-        assert any(recipe[i] == recipe[j] and recipe[i + 1] != recipe[j + 1] for i, j in itertools.combinations(range(4), 2)), goal
+def test_recipes_repeat_two_steps_with_other_steps_behind_them():
+    for goal, (a, b, again, c, b_again, d) in toy.RECIPES.items():
+        assert (a, b) == (again, b_again) and len({a, b, c, d}) == 4 == len({step.split()[1] for step in (a, b, c, d)}), goal
+    assert len(set(toy.RECIPES.values())) == len(toy.RECIPES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,17 +243,36 @@ def test_recipes_repeat_a_step_with_another_step_behind_it():
 
 def test_the_world_is_a_function_of_its_seed():
     """The hash is of pixels before encoding: another encoder version may write other bytes."""
-    assert toy.make_records() == toy.make_records()
     digest = hashlib.sha256()
-    for record in toy.make_records()["train"][:20]:
-        clip, image = toy.pixels_for(record)
-        again = toy.pixels_for(record)
-        assert np.array_equal(image, again[1]) and (clip is None or np.array_equal(clip, again[0]))
-        digest.update(image.tobytes() + (b"" if clip is None else clip.tobytes()))
+    for split in ("train", *LEVELS):
+        assert toy.make_records(split) == toy.make_records(split)
+        for record in toy.make_records(split)[:8]:
+            clip, image = toy.pixels_for(record)
+            again = toy.pixels_for(record)
+            assert np.array_equal(image, again[1]) and (clip is None or np.array_equal(clip, again[0]))
+            digest.update(image.tobytes() + (b"" if clip is None else clip.tobytes()))
     assert digest.hexdigest()[:16] == FRAMES_HASH
 
 
-FRAMES_HASH = "d50baf4d2f5c44aa"
+FRAMES_HASH = "2cfba4550dada9bc"
+
+
+def test_fresh_levels_are_other_questions_of_the_same_kind(root, records):
+    files = toy.build_fresh(7, root)
+    assert files == [f"annotations/fresh7_{level}.jsonl" for level in LEVELS]
+    for level, file in zip(LEVELS, files):
+        fresh = [json.loads(line) for line in (root / file).read_text().splitlines()]
+        old = records[f"validation_{level}"]
+        kind = [sorted((r["task_goal"], len(steps_of(r))) for r in part) for part in (fresh, old)]
+        assert kind[0] == kind[1]  # each task at each point, equally often
+        assert not {r["video_id"] for r in fresh} & {r["video_id"] for r in old}
+        assert [r["golden_choice_idx"] for r in fresh] != [r["golden_choice_idx"] for r in old]
+        kitchens = [{r["video_id"][:3] for r in part} for part in (fresh, old, records["training_6k"])]
+        assert kitchens[0] == kitchens[1] == kitchens[2] if level == "L1" else not kitchens[0] & (kitchens[1] | kitchens[2])
+        samples = load_samples(file, root)
+        assert all(sample.image.is_file() and (sample.video is None or sample.video.is_file()) for sample in samples)
+    with pytest.raises(ValueError, match="--fresh 0"):
+        toy.build_fresh(0, root)
 
 
 def test_a_folder_that_is_no_toy_world_is_refused_and_left_alone(tmp_path):
@@ -203,11 +297,11 @@ def test_building_again_changes_nothing(root):
 @pytest.fixture
 def task():
     recipe = toy.RECIPES["make onion soup"]
-    return "Make onion soup", recipe[:2], (recipe[0], recipe[2], "turn yarn", recipe[4])
+    return "Make onion soup", recipe[:2], (recipe[1], recipe[2], "turn yarn", recipe[5])
 
 
 def holds(claims):
-    return [value for _, value in claims]
+    return [value for _, _, value in claims]
 
 
 def test_the_teacher_is_right(root, records):
@@ -225,7 +319,7 @@ def test_each_kind_of_wrong_claim_is_found(task):
     step = options[1]
 
     def check(text):
-        return dict(toy.check_claims(text, goal, (first, second), options))
+        return {claim: value for _, claim, value in toy.check_claims(text, goal, (first, second), options)}
 
     right = toy.teach((first, second), step, "B")
     assert check(right) == {f"step 1 was {first}": True, f"step 2 was {second}": True, "2 steps were done": True,
@@ -245,8 +339,8 @@ def test_each_kind_of_wrong_claim_is_found(task):
 
 def test_claims_about_an_unknown_goal_do_not_hold(task):
     _, progress, options = task
-    claims = dict(toy.check_claims(toy.teach(progress, options[1], "B"), "fly to the moon", progress, options))
-    assert claims[f"next is {options[1]}"] is False
+    claims = toy.check_claims(toy.teach(progress, options[1], "B"), "fly to the moon", progress, options)
+    assert ("next", f"next is {options[1]}", False) in claims
 
 
 @pytest.mark.parametrize("text", ["", "<think>", "</think></think><answer>", "I see", "I see .", "I see ,,,.", "Next is", "Next is (", "(Z)",
@@ -254,8 +348,8 @@ def test_claims_about_an_unknown_goal_do_not_hold(task):
                                   "<answer>B</answer><think>I see nothing.", "Next is a (D) (C)", "I see nothing" * 1000])
 def test_garbage_is_checked_without_raising(task, text):
     for goal, progress, options in (task, ("", (), ()), ("make tea", (), ("a", "b"))):
-        for claim, value in toy.check_claims(text, goal, progress, options):
-            assert isinstance(claim, str) and type(value) is bool
+        for kind, claim, value in toy.check_claims(text, goal, progress, options):
+            assert kind in toy.CLAIMS and isinstance(claim, str) and type(value) is bool
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +379,7 @@ def test_the_whole_world_is_in_the_vocabulary(root, tokenizer):
 def test_special_tokens_agree_with_the_config(tokenizer):
     config = json.loads((toy.BASE / "config.json").read_text())
     generation = json.loads((toy.BASE / "generation_config.json").read_text())
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS + toy.TAGS}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in pretrain.SPECIAL_TOKENS + pretrain.TAGS}
     assert len(set(ids.values())) == len(ids)
     assert all(tokenizer(token)["input_ids"] == [ids[token]] for token in ids)
     for name in ("image", "video", "vision_start", "vision_end"):
@@ -316,3 +410,24 @@ def test_the_base_is_a_small_ordinary_folder():
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
     assert 0.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the base can do. The whole of it, with the figures of its README, is assets/toy_base/check.py.
+
+def test_the_base_sees_and_is_blind_without_its_clip(tokenizer):
+    """Asked to list random actions, it names them, and it cannot where every frame is grey: so the pixels tell it."""
+    sample, right = check.Sampler(toy.BASE), {}
+    for video in ("full", "blank"):
+        examples = check.list_examples(tokenizer, 96, video, toy.HAZE, seed=11)
+        texts = sample([example for example, _ in examples])
+        right[video] = (sum(check.listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))
+                        / sum(len(steps) for _, steps in examples))
+    assert right["full"] > 0.8 and right["blank"] < 0.06, right  # one action in 72 is right by chance
+
+
+def test_steps_are_counted_right_in_their_place_only():
+    steps = ("take cup", "cut onion")
+    for text, right in (("I see take cup, cut onion.", 2), ("I see take cup.", 1), ("I see cut onion, take cup.", 0), ("", 0),
+                        ("I see take cup, cut pot, cut onion.", 1), ("I see nothing.", 0), ("take cup, cut onion", 0)):
+        assert check.listed_right(text, steps) == right

@@ -1,0 +1,135 @@
+"""What the toy world's base model can do, and what it leaves to be learned: the figures in this folder's README.
+
+    python assets/toy_base/check.py [FOLDER]       another folder than this one; two minutes on two cores
+
+Every clip is drawn for this occasion: no file of the toy world is looked at.
+"""
+import random
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+BASE = Path(__file__).resolve().parent
+sys.path[:0] = [str(BASE), str(BASE.parent.parent)]
+
+from data import Example, control_frames, parse_answer, user_text
+from grpo_video import completion_text, generate
+from model import collate_prompts, end_token_ids, load_actor, load_tokenizer, setup, vision_token_ids
+from pretrain import LIST_QUESTION, random_steps, sample_frames, to_example
+from toy import (ACTIONS, HAZE, NEW_GOALS, NEW_HAZE, RECIPES, SEED, TASKS, draw_clip, draw_image, draw_kitchen, draw_view,
+                 question_for, say_seen)
+
+
+def listed_right(completion: str, steps: tuple[str, ...]) -> int:
+    """How many of the steps shown are named in their place."""
+    said = re.match(r"I see ([^.]*)\.", completion)
+    return sum(a == b for a, b in zip(said[1].split(", "), steps)) if said else 0
+
+
+def list_examples(tokenizer, n: int, video: str, haze: tuple[float, float], seed: int) -> list[tuple[Example, tuple[str, ...]]]:
+    """n clips of random actions, each with what it shows, under the question that asks for it."""
+    rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
+    for _ in range(n):
+        steps, kitchen, view = random_steps(rng, ACTIONS), draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
+        frames = control_frames(sample_frames(draw_clip(kitchen, steps, view, pixel_rng)), video, rng)
+        drawn.append((to_example(tokenizer, LIST_QUESTION, frames, draw_image(kitchen, (), view, pixel_rng)), steps))
+    return drawn
+
+
+class Sampler:
+    """The base as a function of examples: G texts each, greedy where the temperature is 0."""
+
+    def __init__(self, folder: Path):
+        _, _, device = setup()
+        self.tokenizer = load_tokenizer(str(folder))
+        self.actor = load_actor(SimpleNamespace(model=str(folder), dtype="float32"), device)
+        self.end_ids, self.banned_ids = end_token_ids(self.actor, self.tokenizer, device), vision_token_ids(self.actor, device)
+
+    def __call__(self, examples: list[Example], group_size: int = 1, temperature: float = 0.0) -> list[list[str]]:
+        texts = []
+        for i in range(0, len(examples), 32):
+            part = examples[i : i + 32]
+            ids, lengths, _ = generate(self.actor, collate_prompts(part, self.actor.device), group_size, 64, temperature,
+                                       list(range(i, i + len(part))), self.end_ids, self.banned_ids)
+            rows = [completion_text(self.tokenizer, row, length, self.end_ids) for row, length in zip(ids, lengths.tolist())]
+            texts += [rows[j : j + group_size] for j in range(0, len(rows), group_size)]
+        return texts
+
+
+def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float], seed: int) -> list[tuple[Example, str, int]]:
+    """n questions with a clip as in the toy world, each with its goal and the number of steps done."""
+    rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
+    for i in range(n):
+        goal, done = goals[i % len(goals)], 1 + i % 5
+        recipe, options = RECIPES[goal], sorted(set(RECIPES[goal]))
+        rng.shuffle(options)
+        kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
+        clip, image = (draw(kitchen, recipe[:done], view, pixel_rng) for draw in (draw_clip, draw_image))
+        example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), sample_frames(clip), image)
+        example.options, example.gold = tuple(options), "ABCD"[options.index(recipe[done])]
+        drawn.append((example, goal, done))
+    return drawn
+
+
+def begin_answer(example: Example, tokenizer, text: str) -> None:
+    """Puts the first words of an answer behind the prompt, for the model to go on."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    places = example.position_ids.max() + 1 + torch.arange(len(ids))
+    example.prompt_ids = torch.cat([example.prompt_ids, ids])
+    example.position_ids = torch.cat([example.position_ids, places.expand(3, -1)], dim=1)
+
+
+def check_seeing(sample: Sampler, n: int) -> dict[str, float]:
+    """Shares of the steps of clips of random actions that it lists in their place."""
+    found = {}
+    for name, video, haze in (("known kitchens", "full", HAZE), ("new kitchens", "full", NEW_HAZE), ("grey clips", "blank", HAZE)):
+        examples = list_examples(sample.tokenizer, n, video, haze, seed=SEED + 1)
+        texts = sample([example for example, _ in examples])
+        right = sum(listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))
+        found[f"random actions listed right, {name}"] = right / sum(len(steps) for _, steps in examples)
+    return found
+
+
+def check_knowing(sample: Sampler, n: int) -> dict[str, float]:
+    """Told what was done, does it say the step that comes next, and that step's letter?"""
+    found = {}
+    for name, goals in (("tasks of L1 and L2", list(TASKS)), ("tasks of L3", list(NEW_GOALS))):
+        questions = task_examples(sample.tokenizer, n, goals, HAZE, seed=SEED + 2)
+        for example, goal, done in questions:
+            begin_answer(example, sample.tokenizer, f"<think>{say_seen(RECIPES[goal][:done])} Next is")
+        said = [re.match(r" ([^.(]*) \(([A-D])\)", text) for (text,) in sample([example for example, _, _ in questions])]
+        found[f"next step right after true progress, {name}"] = sum(
+            bool(match) and match[1] == RECIPES[goal][done] for match, (_, goal, done) in zip(said, questions)) / n
+        found[f"letter that of the step said, {name}"] = sum(
+            bool(match) and dict(zip("ABCD", example.options))[match[2]] == match[1]
+            for match, (example, _, _) in zip(said, questions)) / n
+    return found
+
+
+def check_sampling(sample: Sampler, n: int) -> dict[str, float]:
+    """What groups of 8 sampled answers leave GRPO to find."""
+    questions = task_examples(sample.tokenizer, n, list(TASKS), HAZE, seed=SEED + 3)
+    groups = sample([example for example, _, _ in questions], group_size=8, temperature=1.0)
+    parsed = [[parse_answer(text, example.options) for text in texts] for texts, (example, _, _) in zip(groups, questions)]
+    right = [sum(letter == example.gold for letter in letters) for letters, (example, _, _) in zip(parsed, questions)]
+    texts = [text for group in groups for text in group]
+    return {"sampled answers that parse": sum(letter is not None for letters in parsed for letter in letters) / len(texts),
+            "sampled answers right": sum(right) / len(texts),
+            "groups of 8 with right and wrong answers": sum(0 < count < 8 for count in right) / n,
+            "sampled texts that say more was done than one step": sum("," in text.split(".")[0] for text in texts) / len(texts)}
+
+
+def main(folder: Path, n: int = 320) -> None:
+    sample = Sampler(folder)
+    print("| | |\n|---|---|")
+    for check in (check_seeing, check_knowing, check_sampling):
+        for name, share in check(sample, n).items():
+            print(f"| {name} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else BASE)
