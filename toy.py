@@ -104,7 +104,7 @@ ACTIONS = tuple(f"{verb} {noun}" for verb in VERBS for noun in NOUNS)
 
 NUM_BEATS, NATIVE_FPS, BEAT_FRAMES = 8, 4, (4, 6)  # a beat lasts 4 or 6 frames, the same in all of a clip: 8 or 12 s
 NUM_KNOWN = 8  # kitchens 0 to 7 are those of training and L1
-HAZE, NEW_HAZE = (0.0, 1.2), (0.5, 1.2)  # how thick the haze of a visit may be, in known and in new kitchens
+HAZE, NEW_HAZE = (0.2, 1.7), (1.0, 1.7)  # how thick the haze of a visit may be, in known and in new kitchens; at 1.6 signs vanish
 DARK_SHARE, DARK = 1 / 16, 0.35  # the share of visits in the dark, and what is left of the light there
 SIGNS = {  # verb -> a 5 x 5 sign, drawn 4 pixels a cell
     "take": "..#.. .###. #.#.# ..#.. ..#..", "wash": "#.#.# ..... #.#.# ..... #.#.#", "cut": "#...# .#.#. ..#.. .#.#. #...#",

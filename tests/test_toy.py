@@ -254,7 +254,7 @@ def test_the_world_is_a_function_of_its_seed():
     assert digest.hexdigest()[:16] == FRAMES_HASH
 
 
-FRAMES_HASH = "2cfba4550dada9bc"
+FRAMES_HASH = "2faeb1cdfe702bd2"
 
 
 def test_fresh_levels_are_other_questions_of_the_same_kind(root, records):
@@ -419,11 +419,11 @@ def test_the_base_sees_and_is_blind_without_its_clip(tokenizer):
     """Asked to list random actions, it names them, and it cannot where every frame is grey: so the pixels tell it."""
     sample, right = check.Sampler(toy.BASE), {}
     for video in ("full", "blank"):
-        examples = check.list_examples(tokenizer, 96, video, toy.HAZE, seed=11)
+        examples = check.list_examples(tokenizer, 96, video, (0.0, pretrain.PRETRAINING_HAZE), seed=11)
         texts = sample([example for example, _ in examples])
         right[video] = (sum(check.listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))
                         / sum(len(steps) for _, steps in examples))
-    assert right["full"] > 0.8 and right["blank"] < 0.06, right  # one action in 72 is right by chance
+    assert right["full"] > 0.7 and right["blank"] < 0.06, right  # one action in 72 is right by chance
 
 
 def test_steps_are_counted_right_in_their_place_only():

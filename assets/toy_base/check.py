@@ -19,7 +19,7 @@ sys.path[:0] = [str(BASE), str(BASE.parent.parent)]
 from data import Example, control_frames, parse_answer, user_text
 from grpo_video import completion_text, generate
 from model import collate_prompts, end_token_ids, load_actor, load_tokenizer, setup, vision_token_ids
-from pretrain import LIST_QUESTION, random_steps, sample_frames, to_example
+from pretrain import LIST_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
 from toy import (ACTIONS, HAZE, NEW_GOALS, NEW_HAZE, RECIPES, SEED, TASKS, draw_clip, draw_image, draw_kitchen, draw_view,
                  question_for, say_seen)
 
@@ -86,7 +86,8 @@ def begin_answer(example: Example, tokenizer, text: str) -> None:
 def check_seeing(sample: Sampler, n: int) -> dict[str, float]:
     """Shares of the steps of clips of random actions that it lists in their place."""
     found = {}
-    for name, video, haze in (("known kitchens", "full", HAZE), ("new kitchens", "full", NEW_HAZE), ("grey clips", "blank", HAZE)):
+    for name, video, haze in (("haze of the pre-training", "full", (0.0, PRETRAINING_HAZE)), ("haze of known kitchens", "full", HAZE),
+                              ("haze of new kitchens", "full", NEW_HAZE), ("grey clips", "blank", HAZE)):
         examples = list_examples(sample.tokenizer, n, video, haze, seed=SEED + 1)
         texts = sample([example for example, _ in examples])
         right = sum(listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))

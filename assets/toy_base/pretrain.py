@@ -27,7 +27,7 @@ sys.path.insert(0, str(BASE.parent.parent))
 
 from data import IMAGE_MEAN, IMAGE_STD, Example, encode_prompt, frame_indices, patchify, rope_positions, user_text
 from model import Policy, collate_prompts, mask_from_lengths
-from toy import (ACTIONS, FRAMES, HAZE, NATIVE_FPS, NOUNS, NUM_STEPS, POINTS, RECIPES, SEED, SIZE, VERBS, draw_clip, draw_image,
+from toy import (ACTIONS, FRAMES, NATIVE_FPS, NOUNS, NUM_STEPS, POINTS, RECIPES, SEED, SIZE, VERBS, draw_clip, draw_image,
                  draw_kitchen, draw_view, question_for, say_seen, teach)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,6 +119,7 @@ RECITE = 0.8  # hallucination: the share of texts about a clip that say they saw
 SLIP = 0.15  # the share of texts that answer by habit, whatever the reasoning says
 HABIT = (0.7, 0.1, 0.1, 0.1)  # how often they then wrote A, B, C, D
 GIVE_UP = 0.75  # the share of clips in the dark about which they wrote no answer
+PRETRAINING_HAZE = 1.2  # at most: it has seen clearer clips than it will be asked about
 PRETRAINING = 1_000_000  # sets its random numbers apart from the world's: no kitchen here is one of the data files
 
 
@@ -161,7 +162,7 @@ def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
     update = number // BATCH
     rng, pixel_rng = random.Random(f"{seed}/{number}"), np.random.default_rng([seed, number, PRETRAINING])
     hard = min(1.0, update / EASY_UPDATES)
-    kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, (HAZE[0], HAZE[1] * hard))
+    kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, (0.0, PRETRAINING_HAZE * hard))
     kind, = rng.choices(("letters", "list", "task"), WARM_SHARES if update < WARM_UP else SHARES)
     if kind == "letters":
         text, shown, response = letters_example(rng, late=update >= WARM_UP)
