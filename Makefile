@@ -31,15 +31,16 @@ demo: .venv/installed
 
 results: .venv/installed
 	$(BIN)/python toy.py --fresh 1
-	for video in full random blank text_only; do \
+	for video in full text_only blank random shuffled reversed single_frame; do \
 	$(evaluate) out/results/base/$$video --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done
 	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank"; do set -- $$run; \
 	name=$$1_seed$$seed; shift; $(BIN)/torchrun --standalone $$@ --seed $$seed --output_dir out/results/$$name || exit 1; \
 	for video in full random; do \
 	$(evaluate) out/results/$$name/$$video --model out/results/$$name/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done; done
 	for run in sft_seed0 grpo_seed0; do for video in text_only blank shuffled reversed single_frame; do \
-	$(evaluate) out/results/$$run/$$video --model out/results/$$run/final --video $$video || exit 1; done; done
-	$(BIN)/python docs/results.py out/results docs/results.png
+	$(evaluate) out/results/$$run/$$video --model out/results/$$run/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done
+	$(evaluate) out/results/grpo_blank_seed0/blank --model out/results/grpo_blank_seed0/final --video blank --eval_files $(LEVELS) $(FRESH)
+	$(BIN)/python docs/results.py out/results docs/results.png | tee docs/results.md
 
 clean:
 	rm -rf out/toy out/toy_* out/demo* out/results* .pytest_cache __pycache__ tests/__pycache__
