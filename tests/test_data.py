@@ -125,7 +125,7 @@ def test_long_video_bench_shape(root):
 def test_sft_shape(root, extra):
     (sample,) = load(root, {**extra, **SFT})
     assert sample == Sample("7" if extra else "1", "What next?\nA. x\nB. y", (root / "videos/Ego4D/clip.mp4").resolve(),
-                            (root / "images/Ego4D/now.png").resolve(), response=SFT["response"])
+                            (root / "images/Ego4D/now.png").resolve(), response=SFT["response"], has_id=bool(extra))
 
 
 def test_sft_prompt_variants(root):

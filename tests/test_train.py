@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FRAMES, ROOT
+from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
@@ -107,15 +107,15 @@ def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world)
     untied = Qwen2VLForConditionalGeneration(config)
     untied.load_state_dict({**qwen.state_dict(), "lm_head.weight": qwen.lm_head.weight.detach().clone()})
     untied.generation_config = qwen.generation_config
-    early = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(" (A)")  # what the base says most often
+    early = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(" (A)")  # where a completion names option A
     untied.generation_config.eos_token_id = [config.text_config.eos_token_id, early]
     untied.save_pretrained(base)
-    flags = {"dtype": "float64", "prompts_per_step": 4, "max_steps": 1, "max_completion_length": 40, "learning_rate": 1e-4}
+    flags = {"dtype": "float64", "prompts_per_step": 8, "max_steps": 1, "max_completion_length": 40, "learning_rate": 1e-4}
     torchrun("grpo_video.py", 2, "--model", str(base), *(w for k, v in flags.items() for w in (f"--{k}", str(v))),
              "--output_dir", str(tmp_path / "two"))
     grpo_video.main(grpo_args(tmp_path / "one", **flags, model=str(base)))
     one, two = (metrics_of(tmp_path / name)[0] for name in ("one", "two"))
-    assert one["completion_length"] == two["completion_length"] and one["format_rate"] < 0.9, "few rows ended at the second end token"
+    assert one["completion_length"] == two["completion_length"] and one["format_rate"] < 0.95, "few rows ended at the second end token"
     assert relative_difference(update(tmp_path / "two/final", base), update(tmp_path / "one/final", base)) < 1e-9
 
 
@@ -145,7 +145,7 @@ def test_flat_groups_cost_no_learning_and_change_nothing(tmp_path, world, monkey
     seen = []
     monkeypatch.setattr(grpo_video, "group_advantages", lambda rewards, use_std, f=grpo_video.group_advantages: (
         seen.append(rewards.tolist()) or f(rewards, use_std)))
-    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4, loss_agg="token_mean", seed=7)
+    changes = dict(dtype="float64", prompts_per_step=8, max_steps=3, learning_rate=1e-4, loss_agg="token_mean", seed=9)
     for name, keep in (("skip", False), ("keep", True)):
         grpo_video.main(grpo_args(tmp_path / name, **changes, learn_flat_groups=keep))
     flat = [[len(set(group)) == 1 for group in rewards] for rewards in seen]
@@ -261,21 +261,21 @@ def test_an_earlier_run_is_moved_aside(tmp_path, world):
 # Bad videos and bad input.
 
 def test_unreadable_videos_weigh_nothing_and_are_counted(tmp_path, world):
-    # Rank 0 and rank 1 get two samples each; both of rank 1 are spoilt, so that it has nothing of its own to learn from.
-    root = small_world(tmp_path / "data", world, keep=4)
+    # Rank 0 and rank 1 get four samples each; all of rank 1 are spoilt, so that it has nothing of its own to learn from.
+    root = small_world(tmp_path / "data", world, keep=8)
     samples = load_samples("annotations/training_6k.jsonl", root)
-    for _, index in step_batch(0, 4, 4, 0, rank=1, world_size=2):
+    for _, index in step_batch(0, 8, 8, 0, rank=1, world_size=2):
         samples[index].image.write_bytes(b"not a picture")
-    flags = ["--dtype", "float64", "--prompts_per_step", "4", "--max_steps", "1", "--data_root", str(root), "--model", str(toy.BASE),
+    flags = ["--dtype", "float64", "--prompts_per_step", "8", "--max_steps", "1", "--data_root", str(root), "--model", str(toy.BASE),
              "--image_size", "56", "--max_completion_length", "40", "--learning_rate", "1e-4", "--kl_coef", "0.1"]
     torchrun("grpo_video.py", 2, *flags, "--output_dir", str(tmp_path / "two"))
     m, = metrics_of(tmp_path / "two")
-    assert m["bad_videos"] == 2
-    assert m["completion_length"] < 30  # about 20 tokens each, of the two that can be read
-    # The same update as one process makes of the same four samples, two of them unreadable.
-    changes = dict(dtype="float64", prompts_per_step=4, data_root=str(root), learning_rate=1e-4, kl_coef=0.1)
+    assert m["bad_videos"] == 4
+    assert m["completion_length"] < 30  # about 20 tokens each, of the four that can be read
+    # The same update as one process makes of the same eight samples, four of them unreadable.
+    changes = dict(dtype="float64", prompts_per_step=8, data_root=str(root), learning_rate=1e-4, kl_coef=0.1)
     grpo_video.main(grpo_args(tmp_path / "one", **changes))
-    assert metrics_of(tmp_path / "one")[0]["bad_videos"] == 2
+    assert metrics_of(tmp_path / "one")[0]["bad_videos"] == 4
     assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-9
 
 
@@ -337,7 +337,7 @@ def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world):
     # One step of records that Hugging Face sees one at a time, with labels of -100 on the prompt.
     sft_video.main(sft_args(tmp_path, prompts_per_step=4, micro_batch_size=3, max_samples=4))
     samples = load_samples("annotations/training_with_cot_6k.jsonl", world)[:4]
-    records = VideoDataset(samples, tokenizer, FRAMES, 0)
+    records = VideoDataset(samples, tokenizer, toy.FRAMES, 0)
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
     total = count = 0
     for example in (records[0, i] for i in range(4)):
@@ -402,7 +402,7 @@ def test_a_mistake_does_not_touch_an_earlier_evaluation(tmp_path, world):
 def test_the_base_is_middling(tmp_path, world):
     # Wide bounds around 30 to 50%: these are 96 of its 352 L1 questions.
     row, *_ = evaluate.main(eval_args(tmp_path, max_samples=96, eval_files=["annotations/validation_L1.jsonl"]))
-    assert row["parse_rate"] >= 0.95 and 0.25 < row["accuracy"] < 0.6
+    assert 0.85 < row["parse_rate"] < 1 and 0.25 < row["accuracy"] < 0.6
 
 
 def test_unreadable_samples_stay_in_the_denominator(tmp_path, world):
