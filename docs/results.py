@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import VIDEO  # noqa: E402
 from toy import CLAIMS, check_claims  # noqa: E402
 
+LABELS = {"sft": "SFT", "grpo": "GRPO", "grpo_blank": "GRPO on blank clips"}
 COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "grpo": "#2b6cb0", "grpo_blank": "#222222"}
 
 
@@ -95,22 +96,22 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
         run = run_name(path.parent)
         if "accuracy" in metrics[0]:
             left.plot([m["step"] for m in metrics], smooth([100 * m["accuracy"] for m in metrics]), color=COLOURS.get(run),
-                      alpha=0.8, label=None if run in labelled else run)
+                      alpha=0.8, label=None if run in labelled else LABELS.get(run, run))
             labelled.add(run)
     left.axhline(25, color="black", linewidth=0.8, linestyle=":")
-    left.text(0, 26, "chance", fontsize=8)
+    left.text(0, 19, "chance", fontsize=8)
     left.set(xlabel="GRPO step", ylabel="% of sampled answers right", ylim=(0, 100), title="Training: a line per seed")
     if labelled:
         left.legend(loc="lower right", frameon=False, fontsize=8)
 
     bars = {key: seeds for key, seeds in evaluations.items() if key[1] in ("full", "random")}
-    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))
+    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))[-3:]  # the fresh ones, if any
     x, width = np.arange(len(files)), 0.85 / max(1, len(bars))
     for i, ((run, video), seeds) in enumerate(bars.items()):
         accuracies = np.array([[100 * rows[file]["accuracy"] if file in rows else np.nan for file in files] for rows in seeds])
         place = x + (i - len(bars) / 2 + 0.5) * width
         colour = COLOURS.get(run, f"C{i}")
-        right.bar(place, accuracies.mean(0), width * 0.92, label=run if video == "full" else f"{run}, other clips",
+        right.bar(place, accuracies.mean(0), width * 0.92, label=LABELS.get(run, run) + (", other clips" if video == "random" else ""),
                   edgecolor=colour, color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
         for level, mean in enumerate(accuracies.mean(0)):
             if not np.isnan(mean):
@@ -119,10 +120,10 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
             for seed in accuracies:
                 right.plot(place, seed, "o", color="black", markersize=2)
     right.axhline(25, color="black", linewidth=0.8, linestyle=":")
-    names = {"L1": "same kitchens,\nsame tasks", "L2": "new kitchens,\nsame tasks", "L3": "new kitchens,\nnew tasks"}
-    right.set_xticks(x, [f"{file}\n{names.get(file, '')}" for file in files], fontsize=8)
+    names = {"L1": "same kitchens, same tasks", "L2": "new kitchens, same tasks", "L3": "new kitchens, new tasks"}
+    right.set_xticks(x, [f"{file.replace('_', ' ')}\n{names.get(file[-2:], '')}" for file in files], fontsize=8)
     right.set(ylabel="greedy accuracy, %", ylim=(0, 115), title="Held-out questions with a clip")
-    right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7)
+    right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7, columnspacing=1, handlelength=1.5)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=160)
