@@ -127,7 +127,7 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=160)
-    print(f"\nwrote {picture}")
+    print(f"wrote {picture}", file=sys.stderr)  # the tables alone go to standard output, and to docs/results.md
 
 
 def main(folder: Path, picture: Path) -> None:
