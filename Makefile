@@ -1,4 +1,5 @@
 # make test      install into .venv and run the tests
+# make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank clips with three seeds each, and their controls
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
@@ -9,7 +10,7 @@ SEEDS = 0 1 2
 LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh1_$(level).jsonl)
 
-.PHONY: test demo results clean
+.PHONY: test lint demo results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +19,10 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh1_$(level).jsonl)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
+
+lint: .venv/installed
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/ruff check .
 
 evaluate = $(BIN)/torchrun --standalone evaluate.py --output_dir
 

@@ -1,18 +1,18 @@
 """From a dataset file to tensors: what SEED-Bench-R1 and LongVideoBench give, and what Qwen2-VL reads.
 
-The page is in the order in which data flows:
-    records   a JSONL file, or a JSON list, in one of four shapes -> `Sample`
-    options   the right action and three wrong ones, shuffled by (seed, epoch, sample_id) -> the text of the user turn
-    pixels    an mp4 and a png -> uint8 frames (decoded in a child process, since decord can hang or crash) -> what --video
-              leaves of them -> patches
+From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the checks of the files, which come last:
+    dataset   (epoch, index) -> `Example`: the tensors of one question
+    pixels    an mp4 and a png -> uint8 frames -> what --video leaves of them -> patches
     tokens    the chat prompt with its special tokens, and the (time, height, width) position of each token
-    answers   a completion -> the letter that it answers with, or None
-    loading   (epoch, index) -> `Example`, ahead of training; which pairs belong to a step follows from its number
+    options   the right action and three wrong ones, shuffled by (seed, epoch, id) -> the text of the user turn
+    answers   a completion -> the letter that it answers with, or None, and whether it is right
+    order     which questions belong to a step follows from its number; worker processes prepare them ahead of training
+    decoding  one clip, in a child process, since decord can hang or crash
+    files     JSONL, or a JSON list, in one of four shapes -> `Question`
 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
 """
-
 import functools
 import hashlib
 import itertools
@@ -35,15 +35,13 @@ from PIL import Image
 from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Records: a dataset file becomes samples, and whatever is wrong with it is said with its place and its fix.
-
+# The dataset: where a video becomes tokens.
 
 @dataclass(frozen=True)
-class Sample:
+class Question:
     """One question, whatever file shape it came from; the fields that its shape does not have stay empty."""
-
-    sample_id: str  # unique within its file; ints become str
-    question: str  # for the SFT shape the whole user text, used verbatim
+    id: str  # unique within its file; ints become str
+    text: str  # for the SFT shape the whole user text, used verbatim
     video: Path | None  # resolved, inside the data root; whether the file is there shows when it is read
     image: Path | None
     answer: str = ""  # training: the text of the right action
@@ -54,300 +52,22 @@ class Sample:
     group: str = ""  # `domain` (L3), `duration_group` (LongVideoBench)
     goal: str = ""  # `task_goal`
     progress: tuple[str, ...] = ()  # `narration_text` of the steps done so far
-    has_id: bool = True  # False: its record has no id, and sample_id is the record's number
+    has_id: bool = True  # False: its record has no id, and `id` is the record's number
 
 
-SYSTEM = "You are a helpful assistant."  # the system line of every prompt, as in Qwen2-VL's chat template
-
-# The tokenizer obeys special tokens wherever they stand: a question with <|im_end|> in it would end the user's turn,
-# <|video_pad|> would ask for pixels that are not there. Half a surrogate pair is no text, and would crash it.
-FORBIDDEN = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_texts(value: object, least: int = 1, most: float = math.inf) -> bool:
-    return isinstance(value, list) and least <= len(value) <= most and all(map(is_text, value))
-
-
-def is_objects(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-# What a field may hold: the words of the error message, and the test. `type(v) is int`, because True is an int as well.
-ID = ("an integer or a non-empty string", lambda v: type(v) is int or is_text(v))
-INDEX = ("an integer from 0", lambda v: type(v) is int and v >= 0)
-TEXT = ("a non-empty string", is_text)
-TEXTS = ("a list of one or more non-empty strings", is_texts)
-CHOICES = ("a list of 2 to 5 non-empty strings", lambda v: is_texts(v, 2, 5))
-LETTER = ("'A', 'B', 'C' or 'D'", lambda v: v in ("A", "B", "C", "D"))
-MESSAGES = ("a list of chat messages", is_objects)
-STEPS = (
-    "a list of objects with a 'narration_text', empty if there is no video",
-    lambda v: is_objects(v) and all(is_text(step.get("narration_text")) for step in v),
-)
-
-# The four shapes. A record has the shape of which it has the largest part (the first of equals), whatever its file is
-# called; its further fields are ignored. A `?` marks a field that may be absent or "".
-EGOPLAN = {
-    "sample_id": ID, "video_source": TEXT, "task_goal": TEXT, "question": TEXT, "task_progress_metadata": STEPS,
-    "video_basename?": TEXT, "current_observation_basename": TEXT,
-}
-SHAPES = {
-    "SFT": {"sample_id?": ID, "prompt": MESSAGES, "response": TEXT},
-    "training": {**EGOPLAN, "answer": TEXT, "negative_answers": TEXTS},
-    "validation": {
-        **EGOPLAN, "choice_a": TEXT, "choice_b": TEXT, "choice_c": TEXT, "choice_d": TEXT,
-        "golden_choice_idx": LETTER, "domain?": TEXT,
-    },
-    "LongVideoBench": {
-        "id": ID, "question": TEXT, "candidates": CHOICES, "correct_choice": INDEX, "video_path": TEXT,
-        "duration_group?": ID,
-    },
-}
-
-
-def load_samples(path: str | Path, data_root: str | Path) -> list[Sample]:
-    """Read a dataset file (JSONL, or one JSON list) of any of the four shapes.
-
-    `data_root` holds videos/ and images/; a relative `path` is looked up there too (annotations/training_6k.jsonl).
-    Raises ValueError with file, line (or record) number, field, value and fix for anything malformed. A video that is
-    missing or broken is no such error: it makes a bad sample, which is counted when it is read.
-    """
-    root = Path(data_root).resolve()
-    path = root / path
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a JSONL file or a JSON list, in UTF-8") from None
-    if content.lstrip().startswith("["):
-        unit, records = "record", list(enumerate(parse_json(content, path), start=1))
-    else:  # split at "\n" alone: splitlines would also cut at U+2028, which may stand inside a string
-        lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-        unit, records = "line", [(number, parse_json(line, f"{path}, line {number}")) for number, line in lines]
-    if not records:
-        raise ValueError(f"{path}: has no records; write one JSON object per line")
-    samples: dict[str, Sample] = {}
-    for number, record in records:
-        try:
-            sample = parse_record(record, number, root)
-            if sample.sample_id in samples:
-                raise ValueError(f"the id {sample.sample_id!r} has been used before; give every record its own")
-        except ValueError as error:
-            raise ValueError(f"{path}, {unit} {number}: {error}") from None
-        samples[sample.sample_id] = sample
-    return list(samples.values())
-
-
-def leave_out(samples: list[Sample], evaluations: list[str]) -> list[Sample]:
-    """The samples that not every one of these evaluations of their file answered right, in their order.
-
-    For --leave_out: a question that is answered without looking teaches a policy not to look. `evaluations` are paths of
-    evaluate.py's samples.jsonl, matched by id and by the names of video and image (ids are often plain numbers, which every
-    file has). One run with --video text_only is right on one in four by luck; of several, with different --seed and so other
-    option orders, only what all of them answered is left out.
-    Raises ValueError if records have no ids, an evaluation is not of these questions or is named twice, or nothing is left.
-    """
-    if not evaluations:
-        return samples
-    if unnamed := sum(not sample.has_id for sample in samples):
-        raise ValueError(f"--leave_out needs a 'sample_id' in every training record; {unnamed} have none")
-    if len(set(evaluations)) < len(evaluations):
-        raise ValueError(f"--leave_out {' '.join(evaluations)}: a file is named twice")
-    by_id = {sample.sample_id: sample for sample in samples}
-    answered = set(by_id)
-    for path in evaluations:
-        try:
-            records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            right = {(record["sample_id"], record["video"], record["image"]): record["correct"] for record in records}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--leave_out {path}: not the samples.jsonl of an evaluation ({error!r:.200})") from None
-        of_ours = {key[0]: correct for key, correct in right.items()
-                   if key[0] in by_id and key[1:] == file_names(by_id[key[0]])}
-        if not of_ours:
-            raise ValueError(f"--leave_out {path}: none of its questions is in the training file; evaluate that file "
-                             "(evaluate.py --eval_files takes training files too)")
-        answered &= {sample_id for sample_id, correct in of_ours.items() if correct}
-    if len(answered) == len(samples):
-        raise ValueError("--leave_out would leave no question to learn from")
-    return [sample for sample in samples if sample.sample_id not in answered]
-
-
-def file_names(sample: Sample) -> tuple[str, str]:
-    """(video, image) of a sample, "" where it has none."""
-    return tuple(path.name if path else "" for path in (sample.video, sample.image))
-
-
-def parse_json(text: str, place: str | Path) -> object:
-    try:  # Table libraries give every object every key of the table, and null to most: a null key counts as absent.
-        return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if v is not None})
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place}: is not JSON ({error}): {text[:80]!r}; write one JSON object per line") from None
-
-
-def parse_record(record: object, number: int, root: Path) -> Sample:
-    """One JSON record -> Sample. Raises ValueError with field, value and fix, to which the caller adds the place."""
-    if not isinstance(record, dict):
-        raise ValueError(f"the record is {record!r:.80}; it must be a JSON object")
-    # The nearest shape rather than the only one that fits, so that an error can name the field that is missing.
-    required = {name: [field for field in fields if not field.endswith("?")] for name, fields in SHAPES.items()}
-    shape = max(SHAPES, key=lambda name: sum(field in record for field in required[name]) / len(required[name]))
-    for field, (wanted, holds) in SHAPES[shape].items():
-        name = field.removesuffix("?")
-        if name != field and record.setdefault(name, "") == "":
-            continue
-        if name not in record:
-            raise ValueError(f"field {name!r} is missing; a {shape} record must have it, as {wanted}")
-        if not holds(record[name]):
-            raise ValueError(f"field {name!r} is {record[name]!r:.200}; it must be {wanted}")
-        if found := FORBIDDEN.search(json.dumps(record[name], ensure_ascii=False)):
-            raise ValueError(f"field {name!r} has {found.group()!r} in its text; take it out or spell it differently")
-
-    if shape == "SFT":
-        text, video, image = parse_messages(record["prompt"])
-        return Sample(
-            sample_id=str(number if record["sample_id"] == "" else record["sample_id"]), has_id=record["sample_id"] != "",
-            question=text, response=record["response"],
-            video=inside(root, "prompt", video) if video else None,
-            image=inside(root, "prompt", image) if image else None,
-        )
-
-    if shape == "LongVideoBench":
-        options, gold = tuple(map(one_line, record["candidates"])), record["correct_choice"]
-        if gold >= len(options):
-            raise ValueError(f"field 'correct_choice' is {gold}; it must be below the number of candidates")
-        return Sample(
-            sample_id=str(record["id"]), question=record["question"], group=str(record["duration_group"]),
-            video=inside(root, "video_path", "videos", record["video_path"]), image=None,
-            options=options, gold=string.ascii_uppercase[gold],
-        )
-
-    # Training and validation. The clips are already cut, so the frame numbers of the steps are not used.
-    source = record["video_source"]
-    progress = tuple(step["narration_text"] for step in record["task_progress_metadata"])
-    if progress and not record["video_basename"]:
-        raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their clip")
-    if shape == "training":
-        answer, negatives = one_line(record["answer"]), tuple(map(one_line, record["negative_answers"]))
-        if set(negatives) == {answer}:
-            raise ValueError(f"field 'negative_answers' has nothing but the answer {answer!r}; give a wrong action")
-        choice = dict(answer=answer, negatives=negatives)
-    else:
-        options = tuple(one_line(record[f"choice_{letter}"]) for letter in "abcd")
-        choice = dict(options=options, gold=record["golden_choice_idx"], group=record["domain"])
-    return Sample(
-        sample_id=str(record["sample_id"]), question=record["question"], goal=record["task_goal"], progress=progress,
-        video=inside(root, "video_basename", "videos", source, record["video_basename"]) if progress else None,
-        image=inside(root, "current_observation_basename", "images", source, record["current_observation_basename"]),
-        **choice,
-    )
-
-
-def parse_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
-    """The prompt of an SFT record -> (user text, video path or None, image path or None).
-
-    One user message: a video (if any), an image (if any) and one text, in this order. Before it may stand the default
-    system message, which every prompt here has (`encode_prompt`); any other would be lost, so it is refused.
-    """
-    default = {"role": "system", "content": SYSTEM}, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
-    if messages and messages[0] in default:
-        messages = messages[1:]
-    if [message.get("role") for message in messages] != ["user"]:
-        raise ValueError(f"field 'prompt' is {messages!r:.200}; it must be one message of role 'user', and before "
-                         f"it nothing but the default system message, {SYSTEM!r}")
-    content = messages[0].get("content")
-    found: dict[str, str] = {}
-    for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind not in ("video", "image", "text") or kind in found or not is_text(item.get(kind)):
-            raise ValueError(f"field 'prompt' has the item {item!r:.200}; it must be the only one of its type, and "
-                             "look like {'type': 'text', 'text': ...}, or the same with 'image' or 'video' and a path")
-        found[kind] = item[kind]
-    if list(found) != [kind for kind in ("video", "image", "text") if kind in found or kind == "text"]:
-        raise ValueError(f"field 'prompt' has the items {list(found)}; write video (if any), image (if any), text")
-    if "video" not in found and "image" not in found:
-        raise ValueError("field 'prompt' has neither a video nor an image item; give one, or there is nothing to look at")
-    return found["text"], found.get("video"), found.get("image")
-
-
-def one_line(text: str) -> str:
-    """An option takes one line of the prompt; with a newline in it, it could pass for two."""
-    return " ".join(text.split())
-
-
-def inside(root: Path, field: str, *parts: str) -> Path:
-    """The path of `parts` below the (resolved) data root, resolved, and still below it; else ValueError.
-
-    Dataset files come from strangers: an absolute path, `..` or a link out of the root would let them choose any file.
-    """
-    fix = f"name a file below the data root {root}: no absolute path, no '..', no link out of it, no URL"
-    if any("\0" in part or "://" in part or Path(part).is_absolute() or ".." in Path(part).parts for part in parts):
-        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}; {fix}")
-    try:
-        path = root.joinpath(*parts).resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle, a name too long
-        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r} ({error}); {fix}") from None
-    if not path.is_relative_to(root):
-        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}, which is {path}; {fix}")
-    return path
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options, and the text of the user turn.
-
-NUM_NEGATIVES = 3  # four options as in the validation files, so that chance is 25%
-INSTRUCTION = "Output the reasoning in <think></think> and the letter of the final answer in <answer></answer>."
-
-
-def build_options(sample: Sample, seed: int, epoch: int) -> tuple[tuple[str, ...], str]:
-    """The options of a sample and the letter of the right one.
-
-    Training: the answer and three distinct negatives (all, where there are fewer), shuffled. Validation: as they are in
-    the file, never shuffled. SFT: ((), ""), its options are part of its text.
-
-    The draw follows from (seed, epoch, sample_id) and from nothing else: it is the same on every rank, in every worker,
-    in whatever order samples are read, and after a resume. `hash` would not do, Python salts it anew in each process;
-    `Random` seeds itself from a string by SHA-512.
-    """
-    if not sample.answer:
-        return sample.options, sample.gold
-    rng = random.Random(f"{seed}/{epoch}/{sample.sample_id}")
-    # dict.fromkeys drops duplicates and keeps the order; the order of a set of strings would be salted too.
-    negatives = [text for text in dict.fromkeys(sample.negatives) if text != sample.answer]
-    options = [sample.answer, *rng.sample(negatives, min(NUM_NEGATIVES, len(negatives)))]
-    rng.shuffle(options)
-    return tuple(options), string.ascii_uppercase[options.index(sample.answer)]
-
-
-def user_text(question: str, options: tuple[str, ...]) -> str:
-    """The question, a line "A. ..." for each option, the instruction. Without options (SFT): the question, verbatim."""
-    if not options:
-        return question
-    lines = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
-    return "\n".join([question, *lines, INSTRUCTION])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pixels: files become uint8 frames, frames become the patches of Qwen2-VL's vision tower.
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in [0, 1]
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE = 14, 2, 2  # a patch: 14 x 14 pixels of 2 frames; a token: 2 x 2 patches
 TOKEN_SIZE = PATCH_SIZE * MERGE_SIZE  # 28 pixels
 
 
 @dataclass(frozen=True)
-class Frames:
+class PixelSettings:
     """How pixels are read. The defaults are the paper's: 16 frames become 648 tokens, an image 81."""
-
     fps: float = 2.0  # frames taken per second of clip, > 0
     min_frames: int = 4  # at least this many; even, >= 2
     num_frames: int = 16  # at most this many; even, >= min_frames
     image_size: int = 252  # every frame and image becomes a square of this many pixels; a multiple of 28
     cache: str = ""  # a folder that keeps the frames of each clip, F H W 3 bytes (3 MB at 16 frames of 252); "": none
-    timeout_s: float = 60.0  # a clip that takes longer to decode is a bad sample
+    timeout_s: float = 60.0  # a clip that takes longer to decode counts as unreadable
 
     def __post_init__(self) -> None:
         for field, holds, fix in (
@@ -361,121 +81,9 @@ class Frames:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must {fix}")
 
 
-def frame_indices(num_total: int, native_fps: float, frames: Frames) -> np.ndarray:
-    """Which frames of a clip to take: (F,) int64, evenly spread, the first and the last one included.
-
-    F is `fps` times the clip's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
-    clip has fewer frames than that, some are taken twice. Raises ValueError for a clip without frames or frame rate.
-    """
-    if num_total < 1 or not 0 < native_fps < math.inf:
-        raise ValueError(f"the clip has {num_total} frames at {native_fps} fps; both must be above 0")
-    num_wanted = int(num_total / native_fps * frames.fps) // 2 * 2
-    num_wanted = min(max(num_wanted, frames.min_frames), frames.num_frames)
-    return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
-
-
-def resize(image: Image.Image, frames: Frames) -> np.ndarray:
-    """(H, W, 3) uint8, a square whatever the aspect was: every sample costs the same number of tokens."""
-    return np.array(image.convert("RGB").resize((frames.image_size, frames.image_size), Image.Resampling.BICUBIC))
-
-
-def read_image(path: Path, frames: Frames) -> np.ndarray:
-    """A png or jpeg file -> (1, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return resize(image, frames)[None]
-    except Exception as error:  # Pillow raises whatever its plugins raise, SyntaxError among others
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def decode_video(path: Path, frames: Frames) -> np.ndarray:
-    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-    indices = frame_indices(len(reader), reader.get_avg_fps(), frames)
-    return np.stack([resize(Image.fromarray(frame), frames) for frame in reader.get_batch(indices).asnumpy()])
-
-
-def cached_video(path: Path, frames: Frames) -> np.ndarray:
-    """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
-
-    A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names do not
-    know this code: empty the folder after changing how frames are picked or resized. Raises OSError if it cannot be written.
-    """
-    if not frames.cache or not path.exists():
-        return read_video(path, frames)
-    status = path.stat()
-    settings = (frames.fps, frames.min_frames, frames.num_frames, frames.image_size)
-    key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, settings))
-    cached = Path(frames.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if cached.exists():
-        try:
-            return np.load(cached)
-        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the clip again
-            pass
-    pixels = read_video(path, frames)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
-    part = cached.with_suffix(f".{uuid.uuid4().hex}")
-    try:
-        with open(part, "wb") as file:
-            np.save(file, pixels)
-        part.replace(cached)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        fix = "make room, or give another folder or none"
-        raise OSError(f"the frame cache {frames.cache} cannot be written: {error}; {fix}") from error
-    return pixels
-
-
-def read_video(path: Path, frames: Frames) -> np.ndarray:
-    """An mp4 file -> (F, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read, for whatever reason.
-
-    On a corrupt file decord may wait forever, eat memory or end the process, so every clip is decoded in a child of its
-    own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The child
-    speaks by its exit status: 0, it wrote pixels; 1, it wrote what went wrong; a signal, it crashed, or its alarm clock
-    ended it. The clock is the child's own, so that it goes off even when nobody waits for the child any more.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    if not hasattr(os, "fork"):  # not a POSIX system: no such protection
-        try:
-            return decode_video(path, frames)
-        except Exception as error:
-            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(read_end)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends a process even inside C code
-            signal.setitimer(signal.ITIMER_REAL, frames.timeout_s)
-            with open(write_end, "wb") as pipe:
-                try:
-                    pipe.write(decode_video(path, frames).data)
-                    status = 0
-                except Exception as error:  # one line of it, to fit into a log
-                    pipe.write(f"{type(error).__name__}: {error}".split("\n")[0].encode())
-        finally:
-            os._exit(status)  # nothing that belongs to the parent is flushed or closed
-    os.close(write_end)
-    with open(read_end, "rb") as pipe:
-        content = pipe.read()  # until the child has ended, in whatever way
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == 0 and content:
-        return np.frombuffer(content, np.uint8).reshape(-1, frames.image_size, frames.image_size, 3)
-    if status == -signal.SIGALRM:
-        reason = f"decoding took longer than {frames.timeout_s} s and was stopped"
-    elif status == 1 and content:
-        reason = content.decode(errors="replace")
-    else:
-        reason = "decoding crashed, " + (signal.strsignal(-status) or "" if status < 0 else f"exit status {status}")
-    raise ValueError(f"{path}: {reason}")
-
-
-# What the model gets to see (--video): the clip, or a control that could show that it does not need it. All but text_only
-# change the clip alone; the image stays. The names are those of TVBench (arXiv 2410.07752), arXiv 2604.03179 and Video-R1.
+# What the model gets to see (--video): the clip, or a control that could show that it does not need it. All but
+# text_only change the clip alone; the image stays. The names are those of TVBench (arXiv 2410.07752), arXiv 2604.03179
+# and Video-R1.
 VIDEO = {
     "full": "the clip",
     "text_only": "neither clip nor image",
@@ -487,13 +95,132 @@ VIDEO = {
 }
 
 
+@dataclass
+class Example:
+    """A Question ready for the model; all tensors on the CPU."""
+    question: Question
+    options: tuple[str, ...]
+    gold: str  # the letter of the right option; "" for SFT
+    prompt_text: str  # the text of the user turn
+    prompt_ids: Tensor  # (P,) int64
+    position_ids: Tensor  # (3, P) int64
+    pixel_values_videos: Tensor | None = None  # (S, 1176) float32
+    video_grid_thw: Tensor | None = None  # (1, 3) int64
+    pixel_values: Tensor | None = None  # (S, 1176) float32, of the image
+    image_grid_thw: Tensor | None = None  # (1, 3) int64
+    error: str = ""  # why the pixels could not be read; then P is 0 and there are none
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """`dataset[epoch, index]` is the Example of `questions[index]`; the epoch matters for its options.
+
+    A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
+    another one, and does not stop the run. `video` is a key of VIDEO: the clips as they are, or a control; ValueError
+    if it is none, or if "random" has no other clip to show.
+    """
+
+    def __init__(self, questions: list[Question], tokenizer, settings: PixelSettings, seed: int, video: str = "full"):
+        if video not in VIDEO:
+            raise ValueError(f"--video {video!r}: must be one of {', '.join(VIDEO)}")
+        self.questions, self.tokenizer, self.settings = questions, tokenizer, settings
+        self.seed, self.video = seed, video
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        if video == "random":
+            by_steps = {len(question.progress): question for question in questions if question.video}
+            for question in by_steps.values():  # one each: all with as many steps have the same clips to draw from
+                if not self.other_clips(question):
+                    raise ValueError(f"--video random: there is no other clip for question {question.id}, of "
+                                     f"{len(question.progress)} steps, in the file; use more of it (--max_questions), "
+                                     "or --video blank")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        question = self.questions[index]
+        options, gold = build_options(question, self.seed, epoch)
+        text = user_text(question.text, options)
+        no_ids = torch.empty(0, dtype=torch.int64)
+        example = Example(question, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
+        if self.video != "text_only":
+            rng = random.Random(f"{self.seed}/{epoch}/{question.id}/{self.video}")
+            clip = question.video
+            if clip and self.video == "random":
+                clip = rng.choice(self.other_clips(question))
+            try:  # around the reading alone: a mistake of ours is no unreadable file
+                frames = cached_video(clip, self.settings) if clip else None
+                image = read_image(question.image, self.settings) if question.image else None
+            except ValueError as error:
+                example.error = str(error)
+                return example
+            if frames is not None:
+                frames = control_frames(frames, self.video, rng)
+                example.pixel_values_videos, example.video_grid_thw = patchify(frames)
+            if image is not None:
+                example.pixel_values, example.image_grid_thw = patchify(image)
+        example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
+        grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
+        example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
+        return example
+
+    def other_clips(self, question: Question) -> list[Path]:
+        """The clips of other questions: those with another number of steps done, where this one tells its own."""
+        return [other.video for other in self.questions if other.video and other.video != question.video
+                and (not question.progress or len(other.progress) != len(question.progress))]
+
+    def describe_prompt(self) -> str:
+        """What the prompts of a run hold, in a line: of the first readable one among those that have most."""
+        def has(i):
+            return bool(self.questions[i].video) + bool(self.questions[i].image)
+
+        fullest = sorted(range(len(self)), key=has, reverse=True)[:8]
+        examples = (self[0, i] for i in fullest)
+        example = next((example for example in examples if not example.error), None)
+        clips = sum(bool(question.video) for question in self.questions)
+        line = f"{len(self)} questions, {clips} with a clip; --video {self.video}: {VIDEO[self.video]}; "
+        if example is None:
+            return line + f"none of {len(fullest)} could be read, the last: {self[0, fullest[-1]].error}"
+        held = []
+        for name, grid in (("clip", example.video_grid_thw), ("image", example.image_grid_thw)):
+            if grid is None:
+                held.append(f"no {name}")
+                continue
+            time, height, width = grid[0].tolist()
+            frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "clip" else ""
+            size = f"{width * PATCH_SIZE} x {height * PATCH_SIZE} pixels"
+            held.append(f"{name} of {frames}{size} ({num_tokens(grid)} vision tokens)")
+        return line + (f"prompt of question {example.question.id}: {', '.join(held)}, {len(example.prompt_ids)} tokens "
+                       "in all")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels: which frames are taken, what a control leaves of them, and the patches that Qwen2-VL's vision tower reads.
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in [0, 1]
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def frame_indices(num_total: int, native_fps: float, settings: PixelSettings) -> np.ndarray:
+    """Which frames of a clip to take: (F,) int64, evenly spread, the first and the last one included.
+
+    F is `fps` times the clip's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
+    clip has fewer frames than that, some are taken twice. Raises ValueError for a clip without frames or frame rate.
+    """
+    if num_total < 1 or not 0 < native_fps < math.inf:
+        raise ValueError(f"the clip has {num_total} frames at {native_fps} fps; both must be above 0")
+    num_wanted = int(num_total / native_fps * settings.fps) // 2 * 2
+    num_wanted = min(max(num_wanted, settings.min_frames), settings.num_frames)
+    return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
+
+
 def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.ndarray:
     """The frames (F, H, W, 3) uint8 of a clip as the setting `video` shows them; the shape stays."""
     if video == "blank":
         return np.full_like(pixels, 128)
     if video == "shuffled":
         order = list(range(len(pixels)))
-        while order == sorted(order) and len(order) > 1:  # of four frames, one order in 24 would leave the clip as it is
+        while order == sorted(order) and len(order) > 1:  # of four frames, one order in 24 would leave all as it is
             rng.shuffle(order)
         return pixels[order]
     if video == "reversed":
@@ -532,15 +259,20 @@ def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens, and their positions.
 
-
 def num_tokens(grid_thw: Tensor) -> int:
     """How many vision tokens a grid of patches becomes."""
     return int(grid_thw.prod()) // MERGE_SIZE**2
 
 
-def encode_prompt(
-    tokenizer, text: str, video_grid_thw: Tensor | None = None, image_grid_thw: Tensor | None = None
-) -> Tensor:
+SYSTEM = "You are a helpful assistant."  # the system line of every prompt, as in Qwen2-VL's chat template
+
+# The tokenizer obeys special tokens wherever they stand: a question with <|im_end|> in it would end the user's turn,
+# <|video_pad|> would ask for pixels that are not there. Half a surrogate pair is no text, and would crash it.
+FORBIDDEN = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")
+
+
+def encode_prompt(tokenizer, text: str, video_grid_thw: Tensor | None = None,
+                  image_grid_thw: Tensor | None = None) -> Tensor:
     """The Qwen2-VL chat prompt, (P,) int64: system line, user turn of [video][image]text, header of the assistant turn.
 
     Each vision token is a pad token, in whose place the model puts an output of the vision tower. Raises ValueError if
@@ -553,11 +285,9 @@ def encode_prompt(
         video = "<|vision_start|>" + "<|video_pad|>" * num_tokens(video_grid_thw) + "<|vision_end|>"
     if image_grid_thw is not None:
         image = "<|vision_start|>" + "<|image_pad|>" * num_tokens(image_grid_thw) + "<|vision_end|>"
-    prompt = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{video}{image}{text}<|im_end|>\n"
-        f"<|im_start|>assistant\n"
-    )
+    prompt = (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+              f"<|im_start|>user\n{video}{image}{text}<|im_end|>\n"
+              f"<|im_start|>assistant\n")
     return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
@@ -588,6 +318,41 @@ def rope_positions(prompt_ids: Tensor, grids: list[Tensor], image_token_id: int,
     if unused:
         raise ValueError(f"the prompt has fewer runs of vision tokens than grids: {[grid.tolist() for grid in grids]}")
     return torch.cat(pieces, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, and the text of the user turn.
+
+NUM_NEGATIVES = 3  # four options as in the validation files, so that chance is 25%
+INSTRUCTION = "Output the reasoning in <think></think> and the letter of the final answer in <answer></answer>."
+
+
+def build_options(question: Question, seed: int, epoch: int) -> tuple[tuple[str, ...], str]:
+    """The options of a question and the letter of the right one.
+
+    Training: the answer and three distinct negatives (all, where there are fewer), shuffled. Validation: as they are in
+    the file, never shuffled. SFT: ((), ""), its options are part of its text.
+
+    The draw follows from (seed, epoch, id) and from nothing else: it is the same on every rank, in every worker,
+    in whatever order questions are read, and after a resume. `hash` would not do, Python salts it anew in each process;
+    `Random` seeds itself from a string by SHA-512.
+    """
+    if not question.answer:
+        return question.options, question.gold
+    rng = random.Random(f"{seed}/{epoch}/{question.id}")
+    # dict.fromkeys drops duplicates and keeps the order; the order of a set of strings would be salted too.
+    negatives = [text for text in dict.fromkeys(question.negatives) if text != question.answer]
+    options = [question.answer, *rng.sample(negatives, min(NUM_NEGATIVES, len(negatives)))]
+    rng.shuffle(options)
+    return tuple(options), string.ascii_uppercase[options.index(question.answer)]
+
+
+def user_text(question: str, options: tuple[str, ...]) -> str:
+    """The question, a line "A. ..." for each option, the instruction. Without options (SFT): the question, verbatim."""
+    if not options:
+        return question
+    lines = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
+    return "\n".join([question, *lines, INSTRUCTION])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,111 +393,23 @@ def first_letter(completion: str, options: tuple[str, ...]) -> str | None:
     return letter if letter in list(string.ascii_uppercase[: len(options)]) else None
 
 
+def grade(completion: str, example: Example, parse=parse_answer) -> tuple[str | None, bool]:
+    """(the answer that was parsed, whether it is the right one): the one judge of both reward and evaluation."""
+    parsed = parse(completion, example.options)
+    return parsed, parsed == example.gold
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Loading: worker processes turn samples into examples ahead of training, in an order that follows from the step number.
-
-
-@dataclass
-class Example:
-    """A Sample ready for the model; all tensors on the CPU."""
-
-    sample: Sample
-    options: tuple[str, ...]
-    gold: str  # the letter of the right option; "" for SFT
-    prompt_text: str  # the text of the user turn
-    prompt_ids: Tensor  # (P,) int64
-    position_ids: Tensor  # (3, P) int64
-    pixel_values_videos: Tensor | None = None  # (S, 1176) float32
-    video_grid_thw: Tensor | None = None  # (1, 3) int64
-    pixel_values: Tensor | None = None  # (S, 1176) float32, of the image
-    image_grid_thw: Tensor | None = None  # (1, 3) int64
-    error: str = ""  # why the pixels could not be read; then P is 0 and there are none
-
-
-class VideoDataset(torch.utils.data.Dataset):
-    """`dataset[epoch, index]` is the Example of `samples[index]`; the epoch matters for its options.
-
-    A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
-    another one, and does not stop the run. `video` is a key of VIDEO: the clips as they are, or a control; ValueError if
-    it is none, or if "random" has no other clip to show.
-    """
-
-    def __init__(self, samples: list[Sample], tokenizer, frames: Frames, seed: int, video: str = "full") -> None:
-        if video not in VIDEO:
-            raise ValueError(f"--video {video!r}: must be one of {', '.join(VIDEO)}")
-        self.samples, self.tokenizer, self.frames, self.seed, self.video = samples, tokenizer, frames, seed, video
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        if video == "random":
-            by_steps = {len(sample.progress): sample for sample in samples if sample.video}
-            for sample in by_steps.values():  # one each: all with as many steps have the same clips to draw from
-                if not self.other_clips(sample):
-                    raise ValueError(f"--video random: there is no other clip for sample {sample.sample_id}, of {len(sample.progress)} "
-                                     "steps, in the file; use more of it (--max_samples), or --video blank")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        sample = self.samples[index]
-        options, gold = build_options(sample, self.seed, epoch)
-        text = user_text(sample.question, options)
-        no_ids = torch.empty(0, dtype=torch.int64)
-        example = Example(sample, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
-        if self.video != "text_only":
-            rng = random.Random(f"{self.seed}/{epoch}/{sample.sample_id}/{self.video}")
-            clip = rng.choice(self.other_clips(sample)) if sample.video and self.video == "random" else sample.video
-            try:  # around the reading alone: a mistake of ours is no bad sample
-                frames = cached_video(clip, self.frames) if clip else None
-                image = read_image(sample.image, self.frames) if sample.image else None
-            except ValueError as error:
-                example.error = str(error)
-                return example
-            if frames is not None:
-                frames = control_frames(frames, self.video, rng)
-                example.pixel_values_videos, example.video_grid_thw = patchify(frames)
-            if image is not None:
-                example.pixel_values, example.image_grid_thw = patchify(image)
-        example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
-        grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
-        example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
-        return example
-
-    def other_clips(self, sample: Sample) -> list[Path]:
-        """The clips of other questions: those with another number of steps done, where the sample tells its own."""
-        return [other.video for other in self.samples if other.video and other.video != sample.video
-                and (not sample.progress or len(other.progress) != len(sample.progress))]
-
-    def describe_prompt(self) -> str:
-        """What the prompts of a run hold, in a line: of the first readable sample among those that have most."""
-        fullest = sorted(range(len(self)), key=lambda i: -bool(self.samples[i].video) - bool(self.samples[i].image))[:8]
-        examples = (self[0, i] for i in fullest)
-        example = next((example for example in examples if not example.error), None)
-        clips = sum(bool(sample.video) for sample in self.samples)
-        line = f"{len(self)} questions, {clips} with a clip; --video {self.video}: {VIDEO[self.video]}; "
-        if example is None:
-            return line + f"none of {len(fullest)} samples could be read, the last: {self[0, fullest[-1]].error}"
-        held = []
-        for name, grid in (("clip", example.video_grid_thw), ("image", example.image_grid_thw)):
-            if grid is None:
-                held.append(f"no {name}")
-                continue
-            time, height, width = grid[0].tolist()
-            frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "clip" else ""
-            size = f"{width * PATCH_SIZE} x {height * PATCH_SIZE} pixels"
-            held.append(f"{name} of {frames}{size} ({num_tokens(grid)} vision tokens)")
-        return line + f"prompt of sample {example.sample.sample_id}: {', '.join(held)}, {len(example.prompt_ids)} tokens in all"
-
+# Order: worker processes prepare examples ahead of training, in an order that follows from the step number.
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in an epoch: a permutation of range(num_samples)."""
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+def epoch_order(num_questions: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the questions in an epoch: a permutation of range(num_questions)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_questions)
 
 
-def step_batch(
-    step: int, prompts_per_step: int, num_samples: int, seed: int, rank: int = 0, world_size: int = 1
-) -> list[tuple[int, int]]:
+def step_batch(step: int, prompts_per_step: int, num_questions: int, seed: int, rank: int = 0,
+               world_size: int = 1) -> list[tuple[int, int]]:
     """The (epoch, index) pairs that a rank takes at a step (from 0).
 
     Steps cut an endless stream of epochs into pieces of `prompts_per_step`, over all ranks together; a rank takes every
@@ -740,25 +417,379 @@ def step_batch(
     """
     pairs = []
     for position in range(step * prompts_per_step + rank, (step + 1) * prompts_per_step, world_size):
-        epoch, place = divmod(position, num_samples)
-        pairs.append((epoch, int(epoch_order(num_samples, seed, epoch)[place])))
+        epoch, place = divmod(position, num_questions)
+        pairs.append((epoch, int(epoch_order(num_questions, seed, epoch)[place])))
     return pairs
 
 
-def make_loader(
-    dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]], num_workers: int
-) -> torch.utils.data.DataLoader:
+def make_loader(dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]],
+                num_workers: int) -> torch.utils.data.DataLoader:
     """A list[Example] for each list of (epoch, index), in their order.
 
     Each worker has one torch thread (DataLoader sees to that) and is two batches ahead. With no workers, batches are
     read here, when they are asked for.
     """
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list, worker_init_fn=share_by_name
-    )
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list,
+                                       worker_init_fn=share_by_name)
 
 
 def share_by_name(worker_id: int) -> None:
     """Pass tensors to the trainer as named shared memory. By default each one holds a file descriptor open in both
     processes, and the usual limit of 1024 is soon reached."""
     torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding: files become uint8 frames.
+
+def resize(image: Image.Image, settings: PixelSettings) -> np.ndarray:
+    """(H, W, 3) uint8, a square whatever the aspect was: every question costs the same number of tokens."""
+    return np.array(image.convert("RGB").resize((settings.image_size, settings.image_size), Image.Resampling.BICUBIC))
+
+
+def read_image(path: Path, settings: PixelSettings) -> np.ndarray:
+    """A png or jpeg file -> (1, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return resize(image, settings)[None]
+    except Exception as error:  # Pillow raises whatever its plugins raise, SyntaxError among others
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def decode_video(path: Path, settings: PixelSettings) -> np.ndarray:
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+    indices = frame_indices(len(reader), reader.get_avg_fps(), settings)
+    return np.stack([resize(Image.fromarray(frame), settings) for frame in reader.get_batch(indices).asnumpy()])
+
+
+def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
+    """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
+
+    A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names
+    do not know this code: empty the folder after changing how frames are picked or resized. Raises OSError if it cannot
+    be written.
+    """
+    if not settings.cache or not path.exists():
+        return read_video(path, settings)
+    status = path.stat()
+    how = (settings.fps, settings.min_frames, settings.num_frames, settings.image_size)
+    key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, how))
+    cached = Path(settings.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if cached.exists():
+        try:
+            return np.load(cached)
+        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the clip again
+            pass
+    pixels = read_video(path, settings)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
+    part = cached.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        with open(part, "wb") as file:
+            np.save(file, pixels)
+        part.replace(cached)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        fix = "make room, or give another folder or none"
+        raise OSError(f"the frame cache {settings.cache} cannot be written: {error}; {fix}") from error
+    return pixels
+
+
+def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
+    """An mp4 file -> (F, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read, for whatever reason."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not hasattr(os, "fork"):  # not a POSIX system: decord runs in this process, and may take it along
+        try:
+            return decode_video(path, settings)
+        except Exception as error:
+            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    status, content = decode_in_child(path, settings)
+    if status == 0 and content:
+        return np.frombuffer(content, np.uint8).reshape(-1, settings.image_size, settings.image_size, 3)
+    if status == -signal.SIGALRM:
+        reason = f"decoding took longer than {settings.timeout_s} s and was stopped"
+    elif status == 1 and content:
+        reason = content.decode(errors="replace")
+    else:
+        reason = "decoding crashed, " + (signal.strsignal(-status) or "" if status < 0 else f"exit status {status}")
+    raise ValueError(f"{path}: {reason}")
+
+
+def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
+    """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal, if it crashed or was
+    late.
+
+    On a corrupt file decord may wait forever, eat memory or end the process, so every clip is decoded in a child of its
+    own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The alarm
+    clock that ends it is the child's own, so that it goes off even when nobody waits for the child any more.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(read_end)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends a process even inside C code
+            signal.setitimer(signal.ITIMER_REAL, settings.timeout_s)
+            with open(write_end, "wb") as pipe:
+                try:
+                    pipe.write(decode_video(path, settings).data)
+                    status = 0
+                except Exception as error:  # one line of it, to fit into a log
+                    pipe.write(f"{type(error).__name__}: {error}".split("\n")[0].encode())
+        finally:
+            os._exit(status)  # nothing that belongs to the parent is flushed or closed
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        content = pipe.read()  # until the child has ended, in whatever way
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), content
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: a record becomes a question, and whatever is wrong with it is said with its place and its fix.
+
+def load_questions(path: str | Path, data_root: str | Path) -> list[Question]:
+    """Read a dataset file (JSONL, or one JSON list) of any of the four shapes.
+
+    `data_root` holds videos/ and images/; a relative `path` is looked up there too (annotations/training_6k.jsonl).
+    Raises ValueError with file, line (or record) number, field, value and fix for anything malformed. A video that is
+    missing or broken is no such error: it is counted when it is read.
+    """
+    root = Path(data_root).resolve()
+    path = root / path
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give a JSONL file or a JSON list, in UTF-8") from None
+    if content.lstrip().startswith("["):
+        unit, records = "record", list(enumerate(parse_json(content, path), start=1))
+    else:  # split at "\n" alone: splitlines would also cut at U+2028, which may stand inside a string
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+        unit, records = "line", [(number, parse_json(line, f"{path}, line {number}")) for number, line in lines]
+    if not records:
+        raise ValueError(f"{path}: has no records; write one JSON object per line")
+    questions: dict[str, Question] = {}
+    for number, record in records:
+        try:
+            question = read_record(record, number, root)
+            if question.id in questions:
+                raise ValueError(f"the id {question.id!r} has been used before; give every record its own")
+        except ValueError as error:
+            raise ValueError(f"{path}, {unit} {number}: {error}") from None
+        questions[question.id] = question
+    return list(questions.values())
+
+
+def parse_json(text: str, place: str | Path) -> object:
+    try:  # Table libraries give every object every key of the table, and null to most: a null key counts as absent.
+        return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if v is not None})
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place}: is not JSON ({error}): {text[:80]!r}; write one JSON object per line") from None
+
+
+def leave_out(questions: list[Question], evaluations: list[str]) -> list[Question]:
+    """The questions that not every one of these evaluations of their file answered right, in their order.
+
+    For --leave_out: a question that is answered without looking teaches a policy not to look. `evaluations` are paths
+    of evaluate.py's samples.jsonl, matched by id and by the names of video and image (ids are often plain numbers,
+    which every file has). One run with --video text_only is right on one in four by luck; of several, with different
+    --seed and so other option orders, only what all of them answered is left out.
+    Raises ValueError if records have no ids, an evaluation is not of these questions or is named twice, or nothing is
+    left.
+    """
+    if not evaluations:
+        return questions
+    if unnamed := sum(not question.has_id for question in questions):
+        raise ValueError(f"--leave_out needs a 'sample_id' in every training record; {unnamed} have none")
+    if len(set(evaluations)) < len(evaluations):
+        raise ValueError(f"--leave_out {' '.join(evaluations)}: a file is named twice")
+    by_id = {question.id: question for question in questions}
+    answered = set(by_id)
+    for path in evaluations:
+        try:
+            records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            right = {(record["sample_id"], record["video"], record["image"]): record["correct"] for record in records}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--leave_out {path}: not the samples.jsonl of an evaluation ({error!r:.200})") from None
+        of_ours = {key[0]: correct for key, correct in right.items()
+                   if key[0] in by_id and key[1:] == file_names(by_id[key[0]])}
+        if not of_ours:
+            raise ValueError(f"--leave_out {path}: none of its questions is in the training file; evaluate that file "
+                             "(evaluate.py --eval_files takes training files too)")
+        answered &= {name for name, correct in of_ours.items() if correct}
+    if len(answered) == len(questions):
+        raise ValueError("--leave_out would leave no question to learn from")
+    return [question for question in questions if question.id not in answered]
+
+
+def file_names(question: Question) -> tuple[str, str]:
+    """(video, image) of a question, "" where it has none."""
+    return tuple(path.name if path else "" for path in (question.video, question.image))
+
+
+def read_record(record: object, number: int, root: Path) -> Question:
+    """One JSON record -> Question. Raises ValueError with field, value and fix, to which the caller adds the place."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is {record!r:.80}; it must be a JSON object")
+    # Either of two keys tells the shape, so that an error can name the other one if it is missing.
+    if "prompt" in record or "response" in record:
+        return sft_question(record, number, root)
+    if "candidates" in record or "correct_choice" in record:
+        return long_video_question(record, root)
+    if "golden_choice_idx" in record or "choice_a" in record:
+        return validation_question(record, root)
+    if "answer" in record or "negative_answers" in record:
+        return training_question(record, root)
+    raise ValueError(f"the record has the keys {sorted(record)!r:.200}; it must have those of one of the shapes "
+                     "SFT (prompt, response), LongVideoBench (candidates, correct_choice, video_path), "
+                     "validation (choice_a .. choice_d, golden_choice_idx) or training (answer, negative_answers)")
+
+
+def training_question(record: dict, root: Path) -> Question:
+    """SEED-Bench-R1's training_6k.jsonl."""
+    answer = one_line(text_field(record, "answer"))
+    negatives = tuple(map(one_line, texts_field(record, "negative_answers")))
+    if set(negatives) == {answer}:
+        raise ValueError(f"field 'negative_answers' has nothing but the answer {answer!r}; give a wrong action")
+    return seed_bench_question(record, root, answer=answer, negatives=negatives)
+
+
+def validation_question(record: dict, root: Path) -> Question:
+    """SEED-Bench-R1's validation_L1.jsonl, L2, L3."""
+    options = tuple(one_line(text_field(record, f"choice_{letter}")) for letter in "abcd")
+    gold = field(record, "golden_choice_idx", lambda v: v in ("A", "B", "C", "D"), "'A', 'B', 'C' or 'D'")
+    domain = text_field(record, "domain", optional=True)
+    return seed_bench_question(record, root, options=options, gold=gold, group=domain)
+
+
+def seed_bench_question(record: dict, root: Path, **choice) -> Question:
+    """What the training and the validation files of SEED-Bench-R1 share."""
+    source, image = text_field(record, "video_source"), text_field(record, "current_observation_basename")
+    # The clips are already cut, so the frame numbers of the steps are not used.
+    steps = field(record, "task_progress_metadata",
+                  lambda v: is_objects(v) and all(is_text(step.get("narration_text")) for step in v),
+                  "a list of objects with a 'narration_text', empty if there is no video")
+    video = text_field(record, "video_basename", optional=True)
+    if steps and not video:
+        raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their clip")
+    return Question(
+        id=id_field(record, "sample_id"), text=text_field(record, "question"), goal=text_field(record, "task_goal"),
+        progress=tuple(step["narration_text"] for step in steps),
+        video=inside(root, "video_basename", "videos", source, video) if steps else None,
+        image=inside(root, "current_observation_basename", "images", source, image), **choice)
+
+
+def long_video_question(record: dict, root: Path) -> Question:
+    """LongVideoBench's lvb_val.json, and the shape for multiple choice of one's own without an image."""
+    options = tuple(map(one_line, texts_field(record, "candidates", 2, 5)))
+    gold = field(record, "correct_choice", lambda v: type(v) is int and v >= 0, "an integer from 0")
+    if gold >= len(options):
+        raise ValueError(f"field 'correct_choice' is {gold}; it must be below the number of candidates")
+    return Question(
+        id=id_field(record, "id"), text=text_field(record, "question"),
+        options=options, gold=string.ascii_uppercase[gold], group=id_field(record, "duration_group", optional=True),
+        video=inside(root, "video_path", "videos", text_field(record, "video_path")), image=None)
+
+
+def sft_question(record: dict, number: int, root: Path) -> Question:
+    """SEED-Bench-R1's training_with_cot_6k.jsonl: chat messages and the teacher's response."""
+    text, video, image = read_messages(field(record, "prompt", is_objects, "a list of chat messages"))
+    name = id_field(record, "sample_id", optional=True)
+    return Question(
+        id=name or str(number), has_id=name != "", text=text, response=text_field(record, "response"),
+        video=inside(root, "prompt", video) if video else None,
+        image=inside(root, "prompt", image) if image else None)
+
+
+def read_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
+    """The prompt of an SFT record -> (user text, video path or None, image path or None).
+
+    One user message: a video (if any), an image (if any) and one text, in this order. Before it may stand the default
+    system message, which every prompt here has (`encode_prompt`); any other would be lost, so it is refused.
+    """
+    default = {"role": "system", "content": SYSTEM}, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    if messages and messages[0] in default:
+        messages = messages[1:]
+    if [message.get("role") for message in messages] != ["user"]:
+        raise ValueError(f"field 'prompt' is {messages!r:.200}; it must be one message of role 'user', and before "
+                         f"it nothing but the default system message, {SYSTEM!r}")
+    content = messages[0].get("content")
+    found: dict[str, str] = {}
+    for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind not in ("video", "image", "text") or kind in found or not is_text(item.get(kind)):
+            raise ValueError(f"field 'prompt' has the item {item!r:.200}; it must be the only one of its type, and "
+                             "look like {'type': 'text', 'text': ...}, or the same with 'image' or 'video' and a path")
+        found[kind] = item[kind]
+    if list(found) != [kind for kind in ("video", "image", "text") if kind in found or kind == "text"]:
+        raise ValueError(f"field 'prompt' has the items {list(found)}; write video (if any), image (if any), text")
+    if "video" not in found and "image" not in found:
+        raise ValueError("field 'prompt' has neither a video nor an image item; give one, or there is nothing to see")
+    return found["text"], found.get("video"), found.get("image")
+
+
+def field(record: dict, name: str, holds, wanted: str, optional: bool = False):
+    """record[name], for which `holds` is true and which has no special token in it;
+    "" if it is optional and not there.
+    """
+    if optional and record.get(name, "") == "":
+        return ""
+    if name not in record:
+        raise ValueError(f"field {name!r} is missing; a record with {sorted(record)!r:.200} must have it, as {wanted}")
+    if not holds(record[name]):
+        raise ValueError(f"field {name!r} is {record[name]!r:.200}; it must be {wanted}")
+    if found := FORBIDDEN.search(json.dumps(record[name], ensure_ascii=False)):
+        raise ValueError(f"field {name!r} has {found.group()!r} in its text; take it out or spell it differently")
+    return record[name]
+
+
+def text_field(record: dict, name: str, optional: bool = False) -> str:
+    return field(record, name, is_text, "a non-empty string", optional)
+
+
+def texts_field(record: dict, name: str, least: int = 1, most: float = math.inf) -> list[str]:
+    def holds(value):
+        return isinstance(value, list) and least <= len(value) <= most and all(map(is_text, value))
+
+    count = f"{least} or more" if most == math.inf else f"{least} to {most}"
+    return field(record, name, holds, f"a list of {count} non-empty strings")
+
+
+def id_field(record: dict, name: str, optional: bool = False) -> str:
+    def holds(value):
+        return type(value) is int or is_text(value)  # not isinstance, because True is an int as well
+
+    return str(field(record, name, holds, "an integer or a non-empty string", optional))
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def one_line(text: str) -> str:
+    """An option takes one line of the prompt; with a newline in it, it could pass for two."""
+    return " ".join(text.split())
+
+
+def inside(root: Path, field: str, *parts: str) -> Path:
+    """The path of `parts` below the (resolved) data root, resolved, and still below it; else ValueError.
+
+    Dataset files come from strangers: an absolute path, `..` or a link out of the root would let them choose any file.
+    """
+    fix = f"name a file below the data root {root}: no absolute path, no '..', no link out of it, no URL"
+    if any("\0" in part or "://" in part or Path(part).is_absolute() or ".." in Path(part).parts for part in parts):
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}; {fix}")
+    try:
+        path = root.joinpath(*parts).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, a name too long
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r} ({error}); {fix}") from None
+    if not path.is_relative_to(root):
+        raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}, which is {path}; {fix}")
+    return path

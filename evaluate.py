@@ -2,22 +2,23 @@
 
     python evaluate.py                                          # the toy world's base model
     python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_grpo --compare out/toy_eval
-    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_blind --compare out/toy_eval_grpo --video random
-    torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
+    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_blind --compare out/toy_eval_grpo --video
+    random torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
         --eval_files annotations/validation_L1.jsonl annotations/validation_L2.jsonl annotations/validation_L3.jsonl
 
-Every sample of a file stays in the denominator: an answer that does not parse is wrong, and so is a sample whose video
-cannot be read (both are counted beside the accuracy). The grader is the parser that gives the reward in grpo_video.py.
-An accuracy alone does not show that a model looks at the clip: evaluate it again with --video random (or another control) and
---compare the two.
+Every question of a file stays in the denominator: an answer that does not parse is wrong, and so is a question whose
+video cannot be read (both are counted beside the accuracy). The judge is `grade` in data.py, which also gives the
+reward in grpo_video.py. An accuracy alone does not show that a model looks at the clip: evaluate it again with --video
+random (or another control) and --compare the two.
 
 Written to --output_dir:
     results.json     every setting, library versions and the table, as numbers
-    samples.jsonl    one line per sample: response, parsed letter, gold, ... from which any number can be computed again
+    samples.jsonl    one line per question: response, parsed letter, gold, ... from which any number can be computed
+                     again
 
-References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar (1947)
-for two models on the same questions, Agresti and Min (2005) for the interval of their difference. LongVideoBench results are
-those reprinted by DeepVideo-R1 (arXiv 2506.07464).
+References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar
+(1947) for two models on the same questions, Agresti and Min (2005) for the interval of their difference. LongVideoBench
+results are those reprinted by DeepVideo-R1 (arXiv 2506.07464).
 """
 import json
 import math
@@ -31,66 +32,97 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import VIDEO, Frames, VideoDataset, file_names, first_letter, load_samples, make_loader, parse_answer
-from grpo_video import completion_text, generate
-from model import (arg, check_ranges, collate_prompts, end_token_ids, load_actor, load_tokenizer, open_run,
-                   parse_args, resolve_toy, setup, vision_token_ids)
+from data import Example, VideoDataset, file_names, first_letter, grade, load_questions, make_loader, parse_answer
+from model import collate_prompts, end_token_ids, vision_token_ids
+from runtime import RunArgs, arg, check_for_sft, load_sampler, load_tokenizer, open_run, parse_args, resolve_toy, setup
+from sampler import completion_text, generate
+
+PARSERS = {"strict": parse_answer, "first_letter": first_letter}
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     """The defaults are the published protocol: 16 frames, at most 256 new tokens, greedy."""
-    model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
-    data_root: str = arg("toy", "folder with annotations/, videos/ and images/; 'toy' builds the toy world on first use")
     eval_files: list[str] = arg([f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3")],
-                                "under data_root: validation, LongVideoBench or training files, told apart by their fields")
+                                "under data_root: validation, LongVideoBench or training files, told by their fields")
     output_dir: str = arg("out/eval", "results.json and samples.jsonl go here")
-    compare: str = arg("", "output_dir of another evaluation of the same files, of another model or --video: adds paired tests")
-    max_samples: int = arg(0, "use the first so many samples of each file; 0: all")
+    compare: str = arg("", "output_dir of another evaluation of the same files (other model or --video): paired tests")
     grader: str = arg("strict", "strict, or first_letter for parity with published numbers")
-    seed: int = arg(0, "of the options of training files, and of --video random and shuffled; the others have nothing to draw")
-    # pixels
-    num_frames: int = arg(16, "most frames of a clip, even, >= 2")
-    min_frames: int = arg(4, "fewest frames of a clip, even, >= 2")
-    fps: float = arg(2.0, "frames a second to sample between those two bounds")
-    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
-    frame_cache: str = arg("", "folder to keep decoded frames in, for later runs; empty: none")
-    video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
-    # generation
-    max_completion_length: int = arg(256, "most tokens of a completion, end token included")
-    batch_size: int = arg(16, "prompts decoded together on one rank: memory against speed; results change by rounding only")
-    dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
-    num_workers: int = arg(2, "processes per rank that decode video ahead of the model")
+    max_completion_length: int = arg(256, "most tokens of a completion, end token included", 1)
+    batch_size: int = arg(16, "prompts decoded together on a rank: memory against speed, results differ by rounding", 1)
 
     def __post_init__(self):
-        check_ranges(self, max_samples=(0, None), max_completion_length=(1, None), batch_size=(1, None), num_workers=(0, None))
+        super().__post_init__()
         if len(set(self.eval_files)) < len(self.eval_files):
             raise ValueError(f"--eval_files {' '.join(self.eval_files)}: a file is named twice")
-        if self.grader not in GRADERS:
-            raise ValueError(f"--grader {self.grader!r}: must be one of {', '.join(GRADERS)}")
+        if self.grader not in PARSERS:
+            raise ValueError(f"--grader {self.grader!r}: must be one of {', '.join(PARSERS)}")
 
-
-GRADERS = {"strict": parse_answer, "first_letter": first_letter}
 
 # What differs for the toy world (used when --data_root is not given; flags that are given win).
-TOY = dict(image_size=56, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames", output_dir="out/toy_eval")
+TOY = dict(image_size=56, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames",
+           output_dir="out/toy_eval")
 
 # The paper's accuracies in percent for Qwen2-VL-7B: vanilla, SFT, GRPO. A file is a published split if its name and its
-# number of samples both are: nothing else is ever shown beside these numbers.
+# number of questions both are: nothing else is ever shown beside these numbers.
 PUBLISHED = {
     ("validation_L1", 2432): {"": (34.79, 43.79, 46.01)},
     ("validation_L2", 923): {"": (34.02, 44.10, 50.16)},
-    ("validation_L3", 1321): {"": (31.57, 38.15, 44.89), "daily life": (31.21, 38.27, 48.52), "hobbies": (32.30, 41.02, 45.08),
-                              "recreation": (33.33, 32.24, 43.72), "work": (30.69, 38.61, 41.34)},
+    ("validation_L3", 1321): {
+        "": (31.57, 38.15, 44.89), "daily life": (31.21, 38.27, 48.52), "hobbies": (32.30, 41.02, 45.08),
+        "recreation": (33.33, 32.24, 43.72), "work": (30.69, 38.61, 41.34)},
     ("lvb_val", 1337): {"": (32.9, 40.0, 43.4)},
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers of this rank's share of a file.
+
+def answer_file(file: str, dataset: VideoDataset, sampler, args: Args, rank: int, world_size: int) -> list[dict]:
+    """One record per question that this rank answers: every world_size-th of the file, in its order."""
+    share = [(0, i) for i in range(rank, len(dataset), world_size)]
+    batches = [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)]
+    progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
+    records = []
+    for examples in make_loader(dataset, batches, args.num_workers):
+        readable = [example for example in examples if not example.error]
+        answered = iter(answer(readable, dataset.tokenizer, sampler, args))
+        for example in examples:
+            response, length, truncated = ("", 0, False) if example.error else next(answered)
+            records.append({"file": file, **make_record(example, response, length, truncated, args)})
+        progress.update(len(examples))
+        progress.set_postfix_str(f"accuracy {sum(r['correct'] for r in records) / len(records):.3f}")
+    progress.close()
+    return records
+
+
+def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tuple[str, int, bool]]:
+    """(response, its number of tokens, whether it was cut off) for each example, greedily."""
+    if not examples:
+        return []
+    end_ids, banned_ids = end_token_ids(sampler, tokenizer, sampler.device), vision_token_ids(sampler, sampler.device)
+    completions = generate(sampler, collate_prompts(examples, sampler.device), 1, args.max_completion_length,
+                           temperature=0.0, seeds=None, end_ids=end_ids, banned_ids=banned_ids)
+    return [(completion_text(tokenizer, ids, length, ended), length, not ended)
+            for ids, length, ended in zip(completions.ids, completions.lengths.tolist(), completions.ended.tolist())]
+
+
+def make_record(example: Example, response: str, length: int, truncated: bool, args: Args) -> dict:
+    """A line of samples.jsonl, but for the file's name."""
+    question, (video, image) = example.question, file_names(example.question)
+    parsed, correct = grade(response, example, PARSERS[args.grader])
+    return {"sample_id": question.id, "group": question.group, "video": video, "image": image,
+            "question": question.text, "options": list(example.options), "goal": question.goal,
+            "progress": list(question.progress), "gold": example.gold, "parsed": parsed, "correct": correct,
+            "length": length, "truncated": truncated, "error": example.error, "response": response}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics.
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a proportion, as two numbers in 0..1. Unlike p +- 1.96 s it holds near 0 and 1, and for small n.
+    """The 95% interval of a proportion, as two numbers in 0..1. Unlike p +- 1.96 s it holds near 0 and 1, and for small
+    n.
 
     Source: Wilson (1927). (0, 1) for n = 0.
     """
@@ -105,8 +137,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def mcnemar_p(only_ours: int, only_theirs: int) -> float:
     """Two-sided exact p-value that two models are equally good, from the questions that just one of them got right.
 
-    Questions that both got right, or both wrong, say nothing about which is better; under equality each of the others is a
-    fair coin. Source: McNemar (1947), in its binomial form.
+    Questions that both got right, or both wrong, say nothing about which is better; under equality each of the others
+    is a fair coin. Source: McNemar (1947), in its binomial form.
     """
     n = only_ours + only_theirs
     tail = sum(math.comb(n, k) for k in range(min(only_ours, only_theirs) + 1))
@@ -116,8 +148,8 @@ def mcnemar_p(only_ours: int, only_theirs: int) -> float:
 def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
     """The 95% interval of accuracy(a) - accuracy(b) on the same n questions, as two numbers in -1..1.
 
-    From the questions that just one of the two got right. Half a question is added to each of the four counts, or the interval
-    would have no width where the two never differ. Source: Agresti and Min (2005). (-1, 1) for n = 0.
+    From the questions that just one of the two got right. Half a question is added to each of the four counts, or the
+    interval would have no width where the two never differ. Source: Agresti and Min (2005). (-1, 1) for n = 0.
     """
     if n == 0:
         return -1.0, 1.0
@@ -128,7 +160,9 @@ def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
 
 
 def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """(file, part) -> its records: each file whole (""), with and without a clip where it has both, by domain or duration."""
+    """(file, part) -> its records:
+    each file whole (""), with and without a clip where it has both, by domain or duration.
+    """
     found = {}
     for file in dict.fromkeys(r["file"] for r in records):
         of_file = [r for r in records if r["file"] == file]
@@ -143,36 +177,41 @@ def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def summarise(records: list[dict], video: str = "full") -> list[dict]:
-    """One row per file and part of it. Published numbers stand beside those of a run that saw its clips, and nowhere else."""
+    """One row per file and part of it.
+
+    Published numbers stand beside those of a run that saw its clips, and nowhere else.
+    """
     rows = []
     for (file, part), of_part in parts(records).items():
         n, correct = len(of_part), sum(r["correct"] for r in of_part)
         low, high = wilson_interval(correct, n)
-        published = PUBLISHED.get((Path(file).stem, sum(r["file"] == file for r in records)), {}) if video == "full" else {}
+        published = PUBLISHED.get((Path(file).stem, sum(r["file"] == file for r in records)), {})
         rows.append({
             "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
             "wilson_low": low, "wilson_high": high,
             "chance": sum(1 / len(r["options"]) for r in of_part) / n,
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
-            "truncated_frac": sum(r["truncated"] for r in of_part) / n, "bad_samples": sum(bool(r["error"]) for r in of_part),
-            "published": published.get(part.lower())})
+            "truncated_frac": sum(r["truncated"] for r in of_part) / n,
+            "unreadable": sum(bool(r["error"]) for r in of_part),
+            "published": published.get(part.lower()) if video == "full" else None})
     return rows
 
 
 def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[dict]:
-    """Paired statistics per file and part between two evaluations of the same questions; ValueError if they are not the same.
+    """Paired statistics per file and part between two evaluations of the same questions; ValueError if they are not the
+    same.
 
-    If a saw the clips and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the share of
-    answers that are not the same, says how much the clip matters at all (arXiv 2505.14405); and `accuracy_on_missed`, a's on
-    the questions that b got wrong, leaves out what can be answered without looking.
+    If a saw the clips and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the
+    share of answers that are not the same, says how much the clip matters at all (arXiv 2505.14405); and
+    `accuracy_on_missed`, a's on the questions that b got wrong, leaves out what can be answered without looking.
     """
     a, b = ({(r["file"], r["sample_id"]): r for r in records} for records in (records_a, records_b))
     different = [key for key in a.keys() | b.keys()
                  if key not in a or key not in b or any(a[key][k] != b[key][k] for k in ("gold", "options"))]
     if different:
         file, sample_id = min(different)
-        raise ValueError(f"--compare {place}: {len(different)} samples are not the same questions on both sides, such as "
-                         f"{sample_id!r} of {file}; evaluate both on the same files, with the same --max_samples and --seed")
+        raise ValueError(f"--compare {place}: {len(different)} questions are not the same on both sides, such as "
+                         f"{sample_id!r} of {file}; evaluate both on the same files, --max_questions and --seed")
     rows = []
     for (file, part), of_part in parts(records_a).items():
         pairs, n = [(r, b[file, r["sample_id"]]) for r in of_part], len(of_part)
@@ -190,130 +229,47 @@ def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[di
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Answers of this rank's share of a file.
-
-def answer_file(file: str, dataset: VideoDataset, actor, args: Args, rank: int, world_size: int) -> list[dict]:
-    """One record per sample that this rank answers: every world_size-th of the file, in its order."""
-    tokenizer, share = dataset.tokenizer, [(0, i) for i in range(rank, len(dataset), world_size)]
-    loader = make_loader(dataset, [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)], args.num_workers)
-    end_ids, banned_ids = end_token_ids(actor, tokenizer, actor.device), vision_token_ids(actor, actor.device)
-    progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
-    records = []
-    for examples in loader:
-        readable, completions = [example for example in examples if not example.error], iter(())
-        if readable:
-            prompts = collate_prompts(readable, actor.device)
-            completion_ids, lengths, _ = generate(actor, prompts, 1, args.max_completion_length, temperature=0.0, seeds=None,
-                                                  end_ids=end_ids, banned_ids=banned_ids)
-            completions = zip(completion_ids, lengths.tolist())
-        for example in examples:
-            ids, length = (None, 0) if example.error else next(completions)
-            response = "" if example.error else completion_text(tokenizer, ids, length, end_ids)
-            parsed = GRADERS[args.grader](response, example.options)
-            sample, (video, image) = example.sample, file_names(example.sample)
-            records.append({
-                "file": file, "sample_id": sample.sample_id, "group": sample.group, "video": video, "image": image,
-                "question": sample.question, "options": list(example.options), "goal": sample.goal,
-                "progress": list(sample.progress),
-                "gold": example.gold, "parsed": parsed, "correct": parsed == example.gold, "length": length,
-                "truncated": not example.error and ids[length - 1].item() not in end_ids, "error": example.error,
-                "response": response})
-        progress.update(len(examples))
-        progress.set_postfix_str(f"accuracy {sum(r['correct'] for r in records) / len(records):.3f}")
-    progress.close()
-    return records
-
-
-def print_table(rows: list[dict]) -> None:
-    """Accuracy by file and part, on screen."""
-    published = any(row["published"] for row in rows)
-    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} {'cut off':>8} {'bad':>4}"
-          + ("  paper, 7B: vanilla / SFT / GRPO" if published else ""))
-    for row in rows:
-        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
-        interval = f"{row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
-        print(f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {interval} {row['chance']:7.0%}{row['parse_rate']:8.1%} {row['truncated_frac']:8.1%} {row['bad_samples']:4}"
-              + ("  " + " / ".join(f"{x:.2f}" for x in row["published"]) if row["published"] else ""))
-
-
-def print_comparison(a: dict, b: dict, rows: list[dict]) -> None:
-    """Two evaluations side by side; `a` and `b` say which: model, video, output_dir."""
-    print()
-    for letter, run in (("a", a), ("b", b)):
-        print(f"{letter}: {run['model']}, --video {run['video']}")
-    print(f"{'':24} {'n':>5} {'both':>5} {'only a':>6} {'only b':>6} {'neither':>7}  {'a - b, in points':22} {'McNemar':>8}"
-          f"  {'flipped':22}  {'a, where b was wrong':22} {'chance':>6}")
-    for row in rows:
-        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
-        low, high = row["difference_interval"]
-        gain = f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        flipped = f"{row['flip_rate']:.1%} ({row['flip_interval'][0]:.1%} to {row['flip_interval'][1]:.1%})"
-        missed = "none was" if not row["missed"] else (
-            f"{row['accuracy_on_missed']:.1%} ({row['missed_interval'][0]:.1%} to {row['missed_interval'][1]:.1%})")
-        print(f"{name:24} {row['n']:5} {row['both']:5} {row['only_a']:6} {row['only_b']:6} {row['neither']:7}  {gain:22} "
-              f"{row['mcnemar_p']:8.2g}  {flipped:22}  {missed:22} {row['chance']:6.0%}")
-    if Path(a["model"]).resolve() == Path(b["model"]).resolve() and a["video"] == "full" != b["video"]:
-        print("One model: a - b is its multi-modal gain, flipped the share of its answers that change with what it is shown.")
-
+# The run.
 
 def main(args: Args) -> list[dict]:
     """Evaluates and returns the rows of the table (on rank 0; elsewhere an empty list)."""
-    # 1 setup
     rank, world_size, device = setup()
     args = resolve_toy(args)
-    other, other_settings = [], {}
-    if args.compare:  # read first: a wrong path should not cost an evaluation
-        answers, settings = Path(args.compare) / "samples.jsonl", Path(args.compare) / "args.json"
-        if not (answers.exists() and settings.exists()):
-            raise ValueError(f"--compare {args.compare}: there is no samples.jsonl and args.json in it; give the output_dir of an "
-                             "evaluation")
-        other = [json.loads(line) for line in answers.read_text().splitlines()]
-        other_settings = json.loads(settings.read_text())
-        if "video" not in other_settings:
-            raise ValueError(f"--compare {args.compare}: made by an earlier version of evaluate.py; evaluate that model again")
-        if other_settings["grader"] != args.grader:
-            raise ValueError(f"--compare {args.compare}: its grader was {other_settings['grader']}; give --grader the same")
-
-    # 2 data
+    # First, because a typo should not cost an evaluation.
+    other, other_settings = read_evaluation(args) if args.compare else ([], {})
     tokenizer = load_tokenizer(args.model)
-    frames = Frames(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
     datasets = {}
     for file in args.eval_files:
-        samples = load_samples(file, args.data_root)[:args.max_samples or None]
-        if any(sample.response for sample in samples):
-            raise ValueError(f"{file}: these records are for SFT (they have a 'response' and no gold answer); give a validation "
-                             "file, or the training file with 'answer' and 'negative_answers'")
-        datasets[file] = VideoDataset(samples, tokenizer, frames, args.seed, args.video)
+        questions = load_questions(file, args.data_root)[:args.max_questions or None]
+        check_for_sft(questions, file, for_sft=False)
+        datasets[file] = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
     if rank == 0:
         for file, dataset in datasets.items():
             print(f"{file}: {dataset.describe_prompt()}")
 
-    # 3 model: an actor on every rank, and no process waits for another while it decodes
-    actor = load_actor(args, device)
-
-    # 4 answers
+    sampler = load_sampler(args, device)  # a copy on every rank: no process waits for another while it decodes
     output_dir = open_run(args)
-    records = [record for file, dataset in datasets.items() for record in answer_file(file, dataset, actor, args, rank, world_size)]
+    records = [record for file, dataset in datasets.items()
+               for record in answer_file(file, dataset, sampler, args, rank, world_size)]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
     if rank != 0:
         return []
     order = {file: i for i, file in enumerate(args.eval_files)}
-    records = sorted((r for part in gathered for r in part), key=lambda r: (order[r["file"]], r["sample_id"]))
-    with open(output_dir / "samples.jsonl", "w") as file:  # before anything can go wrong with the numbers
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    records = [record for share in gathered for record in share]
+    records.sort(key=lambda r: (order[r["file"]], r["sample_id"]))
+    # Before anything can go wrong with the numbers.
+    (output_dir / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    # 5 numbers
     rows = summarise(records, args.video)
     compared = {}
     if args.compare:  # the run that saw its clips comes first
         sides = [(records, vars(args)), ([r for r in other if r["file"] in order], other_settings)]
         if args.video != "full" and other_settings["video"] == "full":
             sides.reverse()
-        (records_a, run_a), (records_b, run_b) = sides
-        compared = {"a": {key: run_a[key] for key in ("model", "video", "output_dir")},
-                    "b": {key: run_b[key] for key in ("model", "video", "output_dir")},
-                    "rows": compare(records_a, records_b, args.compare)}
+        (records_a, settings_a), (records_b, settings_b) = sides
+        a, b = ({key: side[key] for key in ("model", "video", "output_dir")} for side in (settings_a, settings_b))
+        compared = {"a": a, "b": b, "rows": compare(records_a, records_b, args.compare)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
                "rows": rows, "compared": compared}
@@ -322,6 +278,56 @@ def main(args: Args) -> list[dict]:
     if compared:
         print_comparison(**compared)
     return rows
+
+
+def read_evaluation(args: Args) -> tuple[list[dict], dict]:
+    """The answers and the settings of --compare; ValueError if they cannot be compared with this run."""
+    answers, settings = Path(args.compare) / "samples.jsonl", Path(args.compare) / "args.json"
+    if not (answers.exists() and settings.exists()):
+        raise ValueError(f"--compare {args.compare}: it has no samples.jsonl and args.json; give the output_dir of an "
+                         "evaluation")
+    settings = json.loads(settings.read_text())
+    if "video" not in settings:
+        raise ValueError(f"--compare {args.compare}: made by an earlier version of evaluate.py; evaluate again")
+    if settings["grader"] != args.grader:
+        raise ValueError(f"--compare {args.compare}: its grader was {settings['grader']}; give --grader the same")
+    return [json.loads(line) for line in answers.read_text().splitlines()], settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shown of it.
+
+def print_table(rows: list[dict]) -> None:
+    """Accuracy by file and part, on screen."""
+    paper = "  paper, 7B: vanilla / SFT / GRPO" if any(row["published"] for row in rows) else ""
+    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} {'cut off':>8} "
+          f"{'bad':>4}{paper}")
+    for row in rows:
+        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
+        interval = f"{row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
+        paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in row["published"]) if row["published"] else ""
+        print(f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {interval} {row['chance']:7.0%}{row['parse_rate']:8.1%} "
+              f"{row['truncated_frac']:8.1%} {row['unreadable']:4}{paper}")
+
+
+def print_comparison(a: dict, b: dict, rows: list[dict]) -> None:
+    """Two evaluations side by side; `a` and `b` say which: model, video, output_dir."""
+    print()
+    for letter, run in (("a", a), ("b", b)):
+        print(f"{letter}: {run['model']}, --video {run['video']}")
+    print(f"{'':24} {'n':>5} {'both':>5} {'only a':>6} {'only b':>6} {'neither':>7}  {'a - b, in points':22} "
+          f"{'McNemar':>8}  {'flipped':22}  {'a, where b was wrong':22} {'chance':>6}")
+    for row in rows:
+        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
+        low, high = row["difference_interval"]
+        gain = f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        flipped = f"{row['flip_rate']:.1%} ({row['flip_interval'][0]:.1%} to {row['flip_interval'][1]:.1%})"
+        missed = "none was" if not row["missed"] else (
+            f"{row['accuracy_on_missed']:.1%} ({row['missed_interval'][0]:.1%} to {row['missed_interval'][1]:.1%})")
+        print(f"{name:24} {row['n']:5} {row['both']:5} {row['only_a']:6} {row['only_b']:6} {row['neither']:7}  "
+              f"{gain:22} {row['mcnemar_p']:8.2g}  {flipped:22}  {missed:22} {row['chance']:6.0%}")
+    if Path(a["model"]).resolve() == Path(b["model"]).resolve() and a["video"] == "full" != b["video"]:
+        print("One model: a - b is its multi-modal gain, flipped the share of answers that change with what it sees.")
 
 
 if __name__ == "__main__":

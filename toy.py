@@ -1,30 +1,31 @@
 """SEED-Bench-R1 in miniature: a world, its files in the benchmark's own layout, and a teacher.
 
-A household task is a recipe of six steps, each a verb and an object, four of them different: a b a c b d. A clip shows the
-steps done so far, one after another; the image shows the kitchen now; the question is which of the four comes next. So one
-has to see what was done, in order, know the recipe, and find the option that says its next step.
+A household task is a recipe of six steps, each a verb and an object, four of them different: a b a c b d. A clip shows
+the steps done so far, one after another; the image shows the kitchen now; the question is which of the four comes next.
+So one has to see what was done, in order, know the recipe, and find the option that says its next step.
 
     a step     a coloured disc (the object) under a sign (the verb)
-    a clip     8 beats of 1 or 1.5 s, of each of which two frames are sampled. Each different action takes a random share of
-               them, cut at random among the times that it is done: neither the number of frames nor how many of them show an
-               action tells how far the work is
+    a clip     8 beats of 1 or 1.5 s, of each of which two frames are sampled. Each different action takes a random
+               share of them, cut at random among the times that it is done: neither the number of frames nor how many
+               of them show an action tells how far the work is
     a kitchen  colours, tiles and light: 8 in training and L1, 4 new ones in L2, 4 more in L3
-    a visit    through a haze, from none to one that hides almost everything, stronger in the new kitchens; sometimes in the
-               dark
-    the image  the same kitchen, with the object that the work began with still on the counter; empty before the first step.
-               Beyond whether the work has begun it tells nothing
+    a visit    through a haze, from none to one that hides almost everything, stronger in the new kitchens; sometimes in
+               the dark
+    the image  the same kitchen, with the object that the work began with still on the counter; empty before the first
+               step. Beyond whether the work has begun it tells nothing
     L3         twelve tasks in four domains that no post-training file contains; only the base model's pre-training has
                seen them, as a large model has read about many more tasks than it is post-trained on
 
-Whoever knows every recipe and may not look at the clip is right on 40% of the questions that have one, with or without the
-image. The last frame alone allows 60%, any other one at most 65%, and all frames without their order 60%. These bounds are
-enumerated in tests/test_toy.py.
+Whoever knows every recipe and may not look at the clip is right on 40% of the questions that have one, with or without
+the image. The last frame alone allows 60%, any other one at most 65%, and all frames without their order 60%. These
+bounds are enumerated in tests/test_toy.py.
 
     python toy.py              builds the world in out/toy and prints what is in it
-    python toy.py --fresh 1    adds questions, kitchens and option orders that nobody has seen: annotations/fresh1_L1.jsonl, ..
+    python toy.py --fresh 1    adds questions, kitchens and option orders that nobody has seen:
+                               annotations/fresh1_L1.jsonl, ..
 
-Everything follows from SEED. This file draws pixels and writes text; the reading of both is data.py's, as for real data. The
-base model is made by assets/toy_base/pretrain.py.
+Everything follows from SEED. This file draws pixels and writes text; the reading of both is data.py's, as for real
+data. The base model is made by assets/toy_base/pretrain.py.
 """
 import argparse
 import functools
@@ -44,23 +45,23 @@ import av
 import numpy as np
 from PIL import Image
 
-from data import Frames, parse_answer, user_text
+from data import PixelSettings, parse_answer, user_text
 
 ROOT = Path(__file__).parent / "out" / "toy"  # the data root of the world
 BASE = Path(__file__).parent / "assets" / "toy_base"  # the base model, an ordinary Hugging Face folder
 SEED = 0
 SOURCE = "ToyKitchens"  # the `video_source` of every record
 SIZE = 56  # pixels, height and width: 4 x 4 patches, so 4 tokens per two frames
-FRAMES = Frames(image_size=SIZE)  # of every clip 16 frames, two a beat
+PIXELS = PixelSettings(image_size=SIZE)  # of every clip 16 frames, two a beat
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world: recipes, and how a step and a kitchen look.
 
 VERBS = ("take", "wash", "cut", "fill", "press", "turn")
 NOUNS = {  # object -> colour
-    "onion": (150, 40, 200), "carrot": (255, 130, 0), "dough": (250, 240, 200), "pot": (20, 40, 220), "cup": (220, 20, 30),
-    "bowl": (250, 230, 20), "cloth": (20, 170, 40), "clay": (120, 60, 20), "wood": (10, 10, 10), "paper": (255, 255, 255),
-    "yarn": (255, 90, 190), "soil": (0, 200, 210),
+    "onion": (150, 40, 200), "carrot": (255, 130, 0), "dough": (250, 240, 200), "pot": (20, 40, 220),
+    "cup": (220, 20, 30), "bowl": (250, 230, 20), "cloth": (20, 170, 40), "clay": (120, 60, 20),
+    "wood": (10, 10, 10), "paper": (255, 255, 255), "yarn": (255, 90, 190), "soil": (0, 200, 210),
 }
 TASKS = {  # goal -> its four objects; these are post-trained on, and L1 and L2 ask about them
     "make onion soup": ("onion", "pot", "carrot", "bowl"), "make carrot salad": ("carrot", "bowl", "onion", "cup"),
@@ -91,8 +92,8 @@ NUM_STEPS = 6
 
 
 def make_recipe(goal: str, nouns: tuple[str, ...]) -> tuple[str, ...]:
-    """Six steps, a b a c b d, about four objects. Behind a comes b or c, behind b comes a or d: neither the last step nor
-    which steps were done tells what comes next."""
+    """Six steps, a b a c b d, about four objects. Behind a comes b or c, behind b comes a or d: neither the last step
+    nor which steps were done tells what comes next."""
     rng = random.Random(f"{SEED}/{goal}")
     a, b, c, d = (f"{rng.choice(VERBS)} {noun}" for noun in rng.sample(nouns, 4))
     return a, b, a, c, b, d
@@ -104,11 +105,14 @@ ACTIONS = tuple(f"{verb} {noun}" for verb in VERBS for noun in NOUNS)
 
 NUM_BEATS, NATIVE_FPS, BEAT_FRAMES = 8, 4, (4, 6)  # a beat lasts 4 or 6 frames, the same in all of a clip: 8 or 12 s
 NUM_KNOWN = 8  # kitchens 0 to 7 are those of training and L1
-HAZE, NEW_HAZE = (0.2, 1.7), (1.0, 1.7)  # how thick the haze of a visit may be, in known and in new kitchens; at 1.6 signs vanish
+# How thick the haze of a visit may be, in known and in new kitchens; at 1.6 signs vanish.
+HAZE, NEW_HAZE = (0.2, 1.7), (1.0, 1.7)
 DARK_SHARE, DARK = 1 / 16, 0.35  # the share of visits in the dark, and what is left of the light there
 SIGNS = {  # verb -> a 5 x 5 sign, drawn 4 pixels a cell
-    "take": "..#.. .###. #.#.# ..#.. ..#..", "wash": "#.#.# ..... #.#.# ..... #.#.#", "cut": "#...# .#.#. ..#.. .#.#. #...#",
-    "fill": "#...# #...# #...# #...# #####", "press": "##### ..... ##### ..... #####", "turn": ".###. #...# #.#.# #...# .###.",
+    # Any two differ in 11 cells or more, so that haze hides and does not confuse.
+    "take": "..#.. .###. ##### ..#.. ..#..", "wash": "#.#.# #.#.# #.#.# #.#.# #.#.#",
+    "cut": "#...# .#.#. ..#.. .#.#. #...#", "fill": "..... ..... ##### ##### #####",
+    "press": "##### ##### ##... ##... ##...", "turn": ".###. #...# #...# #...# .###.",
 }
 SIGNS = {verb: np.kron(np.array([[c == "#" for c in row] for row in sign.split()]), np.ones((4, 4), bool))  # (20, 20)
          for verb, sign in SIGNS.items()}
@@ -119,18 +123,20 @@ ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE]
 def timelines(steps: tuple) -> dict[tuple[int, ...], float]:
     """How many beats each step of a clip may last -> how probable that is. `steps` are compared with each other alone.
 
-    First each different action gets its share of the 8 beats, at least 2 (1 if there are five actions), all ways equally
-    likely; then a share is cut anywhere among the times that its action is done. So the number of frames that show an action
-    has the same distribution whether it was done once or twice.
+    First each different action gets its share of the 8 beats, at least 2 (1 if there are five actions), all ways
+    equally likely; then a share is cut anywhere among the times that its action is done. So the number of frames that
+    show an action has the same distribution whether it was done once or twice.
     """
     actions = list(dict.fromkeys(steps))
     least = 2 if 2 * len(actions) <= NUM_BEATS else 1
     all_shares = [shares for shares in itertools.product(range(least, NUM_BEATS + 1), repeat=len(actions))
-                  if sum(shares) == NUM_BEATS and all(share >= steps.count(action) for share, action in zip(shares, actions))]
+                  if sum(shares) == NUM_BEATS
+                  and all(share >= steps.count(action) for share, action in zip(shares, actions))]
     found = {}
     for shares in all_shares:
         ways = list(itertools.product(*(
-            [np.diff([0, *cuts, share]).tolist() for cuts in itertools.combinations(range(1, share), steps.count(action) - 1)]
+            [np.diff([0, *cuts, share]).tolist()
+             for cuts in itertools.combinations(range(1, share), steps.count(action) - 1)]
             for action, share in zip(actions, shares))))
         for way in ways:
             parts = {action: iter(lasts) for action, lasts in zip(actions, way)}
@@ -152,7 +158,8 @@ def draw_view(rng: np.random.Generator, haze: tuple[float, float] = HAZE) -> tup
     return rng.uniform(*haze), DARK if rng.random() < DARK_SHARE else 1.0
 
 
-def draw_scene(kitchen: np.ndarray, noun: str, verb: str, view: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def draw_scene(kitchen: np.ndarray, noun: str, verb: str, view: tuple[float, float],
+               rng: np.random.Generator) -> np.ndarray:
     """The kitchen with an object in it ("" for none), and a sign over it ("" for none): (56, 56, 3) uint8."""
     haze, light = view
     scene = kitchen * rng.uniform(0.92, 1.08) + rng.normal(0, 3 + 22 * haze, kitchen.shape)  # lamps and camera noise
@@ -168,20 +175,27 @@ def draw_scene(kitchen: np.ndarray, noun: str, verb: str, view: tuple[float, flo
     return (light * scene).clip(0, 255).astype(np.uint8)
 
 
-def draw_clip(kitchen: np.ndarray, steps: tuple[str, ...], view: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """The steps one after another, hand-held: (F, 56, 56, 3) uint8, F is 32 or 48.
+def draw_beats(steps: tuple[str, ...], rng: np.random.Generator) -> list[str]:
+    """Which step is shown in each of the 8 beats of a clip."""
+    ways = timelines(tuple(steps.index(step) for step in steps))
+    lasts = list(ways)[rng.choice(len(ways), p=list(ways.values()))]
+    return [step for step, num_beats in zip(steps, lasts) for _ in range(num_beats)]
 
-    An action looks the same whenever it is done in a clip: else the number of different scenes would tell the number of steps.
+
+def draw_clip(kitchen: np.ndarray, beats: list[str], view: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """The beats one after another, hand-held: (F, 56, 56, 3) uint8, F is 32 or 48.
+
+    An action looks the same whenever it is done in a clip: else counting different scenes would count the steps.
     """
-    ways, beat_frames = timelines(tuple(steps.index(step) for step in steps)), rng.choice(BEAT_FRAMES)
-    beats = list(ways)[rng.choice(len(ways), p=list(ways.values()))]
-    scenes = {step: draw_scene(kitchen, step.split()[1], step.split()[0], view, rng) for step in dict.fromkeys(steps)}
+    scenes = {step: draw_scene(kitchen, step.split()[1], step.split()[0], view, rng) for step in dict.fromkeys(beats)}
+    beat_frames = rng.choice(BEAT_FRAMES)
     return np.stack([np.roll(scenes[step], tuple(rng.integers(-1, 2, 2)), axis=(0, 1))
-                     for step, num_beats in zip(steps, beats) for _ in range(num_beats * beat_frames)])
+                     for step in beats for _ in range(beat_frames)])
 
 
-def draw_image(kitchen: np.ndarray, steps: tuple[str, ...], view: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """What is seen now: the object that the work began with; the empty kitchen before the first step. (56, 56, 3) uint8."""
+def draw_image(kitchen: np.ndarray, steps: tuple[str, ...], view: tuple[float, float],
+               rng: np.random.Generator) -> np.ndarray:
+    """What is seen now: the object that the work began with; before the first step none. (56, 56, 3) uint8."""
     return draw_scene(kitchen, steps[0].split()[1] if steps else "", "", view, rng)
 
 
@@ -210,8 +224,8 @@ OPTION = re.compile(r"\(([A-D])\)")
 
 def check_claims(completion: str, goal: str, progress: tuple[str, ...],
                  options: tuple[str, ...]) -> list[tuple[str, str, bool]]:
-    """Every claim that a completion makes, as (kind, claim, whether it holds in the world). Any text is welcome: what is not
-    claimed is not listed, and garbage gives [].
+    """Every claim that a completion makes, as (kind, claim, whether it holds in the world). Any text is welcome: what
+    is not claimed is not listed, and garbage gives [].
 
     `goal` in any case, `progress` the steps the clip shows, `options` as the prompt lists them. Kinds of claim:
         step     "step 2 was wash pot"          against the clip
@@ -236,7 +250,8 @@ def check_claims(completion: str, goal: str, progress: tuple[str, ...],
         index = string.ascii_uppercase.index(letter)
         claims.append(("option", f"option {letter} says {step}", index < len(options) and options[index] == step))
     if said_letter and answer:
-        claims.append(("answer", f"{said_letter.group(1)} was reasoned, {answer} answered", said_letter.group(1) == answer))
+        letter = said_letter.group(1)
+        claims.append(("answer", f"{letter} was reasoned, {answer} answered", letter == answer))
     return claims
 
 
@@ -256,15 +271,17 @@ def make_records(split: str, seed: int = SEED) -> list[dict]:
     rng = random.Random(f"{seed}/{split}")
     goals, kitchens = {
         "train": (TASKS, range(NUM_KNOWN)), "L1": (TASKS, range(NUM_KNOWN)),
-        "L2": (TASKS, range(8 * seed + 8, 8 * seed + 12)), "L3": (NEW_GOALS, range(8 * seed + 12, 8 * seed + 16))}[split]
+        "L2": (TASKS, range(8 * seed + 8, 8 * seed + 12)), "L3": (NEW_GOALS, range(8 * seed + 12, 8 * seed + 16)),
+    }[split]
     name = split if seed == SEED else f"fresh{seed}_{split}"
     records = []
     for i, (_, goal, done) in enumerate(itertools.product(range(ROUNDS[split]), goals, POINTS)):
         recipe, visit = RECIPES[goal], f"{name}_{i:04d}"
         record = {
             "sample_id": visit if split == "L3" else i, "video_source": SOURCE,
-            "video_id": f"K{rng.choice(kitchens):02d}_{visit}", "task_goal": goal.capitalize(), "question": question_for(goal),
-            # The frame numbers are, as in the benchmark, those of the long video that the clip was cut from: of no use here.
+            "video_id": f"K{rng.choice(kitchens):02d}_{visit}",
+            "task_goal": goal.capitalize(), "question": question_for(goal),
+            # The frame numbers are, as in the benchmark, those of the long video the clip was cut from: of no use here.
             "task_progress_metadata": [{"narration_text": step, "start_frame": 5 * j, "stop_frame": 5 * j + 5}
                                        for j, step in enumerate(recipe[:done])],
             "current_observation_frame": 5 * done,
@@ -292,7 +309,8 @@ def make_sft_record(record: dict) -> dict:
     rng.shuffle(options)
     letter = string.ascii_uppercase[options.index(record["answer"])]
     progress = tuple(step["narration_text"] for step in record["task_progress_metadata"])
-    image, video = f"images/{SOURCE}/{record['current_observation_basename']}", f"videos/{SOURCE}/{record['video_basename']}"
+    image = f"images/{SOURCE}/{record['current_observation_basename']}"
+    video = f"videos/{SOURCE}/{record['video_basename']}"
     # Keys that are null stand here because table libraries write them.
     content = [{"type": "image", "image": image, "video": None, "text": None},
                {"type": "text", "text": user_text(record["question"], tuple(options)), "image": None, "video": None}]
@@ -306,16 +324,18 @@ def pixels_for(record: dict) -> tuple[np.ndarray | None, np.ndarray]:
     """The clip (F, 56, 56, 3) uint8, None before the first step, and the image (56, 56, 3) uint8 of a record."""
     number = int(record["video_id"].split("_")[0][1:])
     kitchen = draw_kitchen(np.random.default_rng([SEED, number]))
-    rng = np.random.default_rng([SEED, *record["video_id"].encode()])  # each visit to a kitchen looks a little different
+    rng = np.random.default_rng([SEED, *record["video_id"].encode()])  # each visit to a kitchen looks a bit different
     view = draw_view(rng, HAZE if number < NUM_KNOWN else NEW_HAZE)
     progress = tuple(step["narration_text"] for step in record["task_progress_metadata"])
-    return draw_clip(kitchen, progress, view, rng) if progress else None, draw_image(kitchen, progress, view, rng)
+    clip = draw_clip(kitchen, draw_beats(progress, rng), view, rng) if progress else None
+    return clip, draw_image(kitchen, progress, view, rng)
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
     """uint8 (F, 56, 56, 3) -> H.264 in mp4, at 4 frames a second."""
+    options = {"crf": "18", "preset": "veryfast", "threads": "1"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=NATIVE_FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=NATIVE_FPS, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -345,8 +365,8 @@ def jsonl(records: list[dict]) -> str:
 def build(root: str | Path = ROOT) -> Path:
     """Write the world below `root` unless this very world is there already; returns `root`.
 
-    Written beside and renamed at the end, so that an interrupted build leaves nothing that looks complete. An older world is
-    replaced; ValueError if something else is there.
+    Written beside and renamed at the end, so that an interrupted build leaves nothing that looks complete. An older
+    world is replaced; ValueError if something else is there.
     """
     root = Path(root)
     train, levels = make_records("train"), {level: make_records(level) for level in LEVELS}
@@ -375,7 +395,7 @@ def build(root: str | Path = ROOT) -> Path:
 
 
 def build_fresh(seed: int, root: str | Path = ROOT) -> list[str]:
-    """Add the levels of another seed (>= 1) to the world; returns their files, to be named in evaluate.py's --eval_files.
+    """Add the levels of another seed (>= 1) to the world; returns their files, for evaluate.py's --eval_files.
 
     For final numbers: whoever has tuned anything with an eye on L1 to L3 has fitted it to them.
     """
@@ -392,7 +412,8 @@ def build_fresh(seed: int, root: str | Path = ROOT) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fresh", type=int, metavar="SEED", help="add the levels of another seed, >= 1, for final numbers")
+    parser.add_argument("--fresh", type=int, metavar="SEED",
+                        help="add the levels of another seed, >= 1, for final numbers")
     seed = parser.parse_args().fresh
     if seed is None:
         build()

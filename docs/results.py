@@ -3,9 +3,9 @@
     python docs/results.py out/demo                        # prints the tables, writes out/demo/results.png
     python docs/results.py out/results docs/results.png    # the picture in the README
 
-Any evaluation below the folder is a row: out/results/grpo_seed0/random is "grpo", --video random. Runs whose names differ by
-their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve. Accuracies are those of the questions
-with a clip.
+Any evaluation below the folder is a row: out/results/grpo_seed0/random is "grpo", --video random. Runs whose names
+differ by their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve. Accuracies are
+those of the questions with a clip.
 """
 import json
 import re
@@ -33,17 +33,19 @@ def run_name(run: Path) -> str:
 
 def find(folder: Path, pattern: str) -> list[Path]:
     """Files below the folder, but none of runs and evaluations that were moved aside (.old1)."""
-    return [path for path in sorted(folder.glob(pattern)) if not re.search(r"\.old\d+/", path.relative_to(folder).as_posix())]
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not re.search(r"\.old\d+/", path.relative_to(folder).as_posix())]
 
 
 def read_evaluations(folder: Path) -> dict[tuple[str, str], list[dict]]:
-    """(run, --video) -> for each seed the rows of its questions with a clip, by file: [{"validation_L1": row, ..}, ..]."""
+    """(run, --video) -> for each seed the rows of its questions with a clip, by file: [{"L1": row, ..}, ..]."""
     found = defaultdict(lambda: defaultdict(dict))
     for path in find(folder, "*/*/results.json"):
         results = json.loads(path.read_text())
         if "part" not in results["rows"][0]:
             raise ValueError(f"{path}: written by an earlier version of evaluate.py; evaluate again, or move it away")
-        rows = {Path(row["file"]).stem.removeprefix("validation_"): row for row in results["rows"] if row["part"] == "with a clip"}
+        rows = {Path(row["file"]).stem.removeprefix("validation_"): row
+                for row in results["rows"] if row["part"] == "with a clip"}
         found[run_name(path.parent.parent), results["settings"]["video"]][path.parent.parent].update(rows)
     runs, videos = ["base", "sft", "grpo"], list(VIDEO)  # others behind them, by name
     places = {key: (runs.index(key[0]) if key[0] in runs else len(runs), key[0], videos.index(key[1])) for key in found}
@@ -53,15 +55,18 @@ def read_evaluations(folder: Path) -> dict[tuple[str, str], list[dict]]:
 def print_accuracies(evaluations: dict) -> None:
     """In Markdown: accuracy with its 95% Wilson interval; over seeds the mean, and the lowest to the highest bound."""
     files = list(dict.fromkeys(file for seeds in evaluations.values() for rows in seeds for file in rows))
-    counts = {file: next(rows[file]["n"] for seeds in evaluations.values() for rows in seeds if file in rows) for file in files}
-    print("| greedy accuracy, questions with a clip | " + " | ".join(f"{file} (n = {n})" for file, n in counts.items()) + " |")
+    counts = {file: next(rows[file]["n"] for seeds in evaluations.values() for rows in seeds if file in rows)
+              for file in files}
+    heads = [f"{file} (n = {n})" for file, n in counts.items()]
+    print("| greedy accuracy, questions with a clip | " + " | ".join(heads) + " |")
     print("|---" * (len(files) + 1) + "|")
     for (run, video), seeds in evaluations.items():
         cells = []
         for file in files:
             rows = [seed[file] for seed in seeds if file in seed]
             mean = np.mean([100 * row["accuracy"] for row in rows]) if rows else 0
-            low, high = (100 * end(row[key] for row in rows) if rows else 0 for end, key in ((min, "wilson_low"), (max, "wilson_high")))
+            low, high = (100 * end(row[key] for row in rows) if rows else 0
+                         for end, key in ((min, "wilson_low"), (max, "wilson_high")))
             cells.append(f"{mean:.1f} ({low:.0f} to {high:.0f})" if rows else "")
         print(f"| {run}, `{video}`, {len(seeds)} run{'s' if len(seeds) > 1 else ''} | " + " | ".join(cells) + " |")
 
@@ -73,7 +78,8 @@ def print_claims(folder: Path) -> None:
         for record in map(json.loads, path.read_text().splitlines()):
             if record["video"]:
                 file, progress = Path(record["file"]).stem.removeprefix("validation_"), tuple(record["progress"])
-                for kind, _, holds in check_claims(record["response"], record["goal"], progress, tuple(record["options"])):
+                checked = check_claims(record["response"], record["goal"], progress, tuple(record["options"]))
+                for kind, _, holds in checked:
                     held[run_name(path.parent.parent)][file, kind].append(holds)
     print("\n| % of claims that hold | " + " | ".join(CLAIMS) + " |\n" + "|---" * (len(CLAIMS) + 1) + "|")
     for run, claims in held.items():
@@ -95,8 +101,8 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
         metrics = [json.loads(line) for line in path.read_text().splitlines()]
         run = run_name(path.parent)
         if "accuracy" in metrics[0]:
-            left.plot([m["step"] for m in metrics], smooth([100 * m["accuracy"] for m in metrics]), color=COLOURS.get(run),
-                      alpha=0.8, label=None if run in labelled else LABELS.get(run, run))
+            left.plot([m["step"] for m in metrics], smooth([100 * m["accuracy"] for m in metrics]),
+                      color=COLOURS.get(run), alpha=0.8, label=None if run in labelled else LABELS.get(run, run))
             labelled.add(run)
     left.axhline(25, color="black", linewidth=0.8, linestyle=":")
     left.text(0, 19, "chance", fontsize=8)
@@ -105,14 +111,17 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
         left.legend(loc="lower right", frameon=False, fontsize=8)
 
     bars = {key: seeds for key, seeds in evaluations.items() if key[1] in ("full", "random")}
-    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))[-3:]  # the fresh ones, if any
+    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))
+    files = files[-3:]  # the fresh ones, if any
     x, width = np.arange(len(files)), 0.85 / max(1, len(bars))
     for i, ((run, video), seeds) in enumerate(bars.items()):
-        accuracies = np.array([[100 * rows[file]["accuracy"] if file in rows else np.nan for file in files] for rows in seeds])
+        accuracies = np.array([[100 * rows[file]["accuracy"] if file in rows else np.nan for file in files]
+                               for rows in seeds])
         place = x + (i - len(bars) / 2 + 0.5) * width
         colour = COLOURS.get(run, f"C{i}")
-        right.bar(place, accuracies.mean(0), width * 0.92, label=LABELS.get(run, run) + (", other clips" if video == "random" else ""),
-                  edgecolor=colour, color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
+        label = LABELS.get(run, run) + (", other clips" if video == "random" else "")
+        right.bar(place, accuracies.mean(0), width * 0.92, label=label, edgecolor=colour,
+                  color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
         for level, mean in enumerate(accuracies.mean(0)):
             if not np.isnan(mean):
                 right.text(place[level], mean + 2, f"{mean:.0f}", ha="center", fontsize=7)
@@ -133,7 +142,8 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
 def main(folder: Path, picture: Path) -> None:
     evaluations = read_evaluations(folder)
     if not evaluations:
-        raise ValueError(f"{folder}: no RUN/EVALUATION/results.json in it; see `make demo` in the Makefile for the layout")
+        raise ValueError(f"{folder}: no RUN/EVALUATION/results.json in it; "
+                         "see `make demo` in the Makefile for the layout")
     print_accuracies(evaluations)
     print_claims(folder)
     draw(folder, evaluations, picture)

@@ -1,18 +1,18 @@
 """Seconds, bytes and exact counts of the two phases of a GRPO step, each beside the usual way of doing the same.
 
-    python tests/bench.py                          # on a CPU all but B2 and B5, ten minutes; prints a table, writes docs/bench.json
+    python tests/bench.py                          # on a CPU all but B2 and B5, ten minutes: a table, docs/bench.json
     python tests/bench.py --only B1 B3 --rounds 9  # the other rows in the file stay as they are
-    python tests/bench.py --trl ENV/bin/python     # B5 as well; ENV has trl and torchvision, and this project's packages
-    python tests/bench.py --shape 7B               # on a GPU: random weights in Qwen2-VL-7B's shapes, bf16 (never run so far)
+    python tests/bench.py --trl ENV/bin/python     # B5 as well; ENV has trl, torchvision and this project's packages
+    python tests/bench.py --shape 7B               # on a GPU: random bf16 weights, shapes of Qwen2-VL-7B (never run)
 
-On a CPU the model is the toy world's base, 1.4 million weights, but prompts are as long as the paper's: P = 900 tokens, 729 of
-them vision (16 frames and an image of 252 pixels), G = 8 completions. A model this small spends its time differently from a
-large one on a GPU, so no ratio from here says anything about a GPU; the counts do. Both sides of a ratio have the same weights
-and the same token counts (the end token is off), and take turns: first one, then the other, in every round. Ratios are medians
-over rounds of the ratio within a round, with the smallest and the largest.
+On a CPU the model is the toy world's base, 1.4 million weights, but prompts are as long as the paper's: P = 900 tokens,
+729 of them vision (16 frames and an image of 252 pixels), G = 8 completions. A model this small spends its time
+differently from a large one on a GPU, so no ratio from here says anything about a GPU; the counts do. Both sides of a
+ratio have the same weights and the same token counts (the end token is off), and take turns: first one, then the other,
+in every round. Ratios are medians over rounds of the ratio within a round, with the smallest and the largest.
 
-What is compared: B1 sampling, B2 decoding against the memory's bandwidth (GPU), B3 learning, B4 memory of log-probs, B5 a
-whole step of TRL's, B6 collectives while sampling, B7 growth with frames, group size and completion length.
+What is compared: B1 sampling, B2 decoding against the memory's bandwidth (GPU), B3 learning, B4 memory of log-probs, B5
+a whole step of TRL's, B6 collectives while sampling, B7 growth with frames, group size and completion length.
 """
 import argparse
 import ctypes
@@ -22,9 +22,10 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model  # noqa: E402
 import toy  # noqa: E402
 from data import Example, patchify, rope_positions  # noqa: E402
-from grpo_video import generate  # noqa: E402
-from model import (COUNTS, Policy, clock, collate_prompts, copy_weights, load_actor, load_policy, make_actor,  # noqa: E402
-                   setup, token_logps, use_our_attention, vision_token_ids)
+from model import Policy, collate_prompts, token_logps, use_our_attention, vision_token_ids  # noqa: E402
+from runtime import clock, copy_weights, load_policy, load_sampler, make_sampler, setup  # noqa: E402
+from sampler import generate  # noqa: E402
 
 P, G = 900, 8
 # Bytes a second, from data sheets, by the name that torch gives the GPU.
@@ -55,19 +57,20 @@ SHAPES = {"2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_hea
 
 def load_qwen(shape: str, device: torch.device):
     if shape == "toy":
-        return load_actor(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
+        return load_sampler(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
     text = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = Qwen2VLConfig(text_config={**text, "num_hidden_layers": 28, "rope_parameters": rope, "use_sliding_window": False},
-                           vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=text["hidden_size"]),
-                           tie_word_embeddings=text["tie_word_embeddings"])
+    config = Qwen2VLConfig(
+        text_config={**text, "num_hidden_layers": 28, "rope_parameters": rope, "use_sliding_window": False},
+        vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=text["hidden_size"]),
+        tie_word_embeddings=text["tie_word_embeddings"])
     with device:
         qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     return use_our_attention(qwen).eval().requires_grad_(False)
 
 
 def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, image_size: int = 252):
-    """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), an image, text."""
+    """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), image, text."""
     config, examples = qwen.config, []
     for seed in range(num_prompts):
         g = torch.Generator().manual_seed(seed)
@@ -77,42 +80,53 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
                 frame_bytes = torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8)
                 pixels[name] = patchify(frame_bytes.numpy())
                 run = torch.full((len(pixels[name][0]) // 4,), token)
-                pieces += [torch.tensor([config.vision_start_token_id]), run, torch.tensor([config.vision_end_token_id])]
+                start, end = config.vision_start_token_id, config.vision_end_token_id
+                pieces += [torch.tensor([start]), run, torch.tensor([end])]
         pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
         ids = torch.cat(pieces)
-        positions = rope_positions(ids, [grid for _, grid in pixels.values()], config.image_token_id, config.video_token_id)
-        examples.append(Example(None, (), "", "", ids, positions, *pixels.get("videos", (None, None)), *pixels["image"]))
+        grids = [grid for _, grid in pixels.values()]
+        positions = rope_positions(ids, grids, config.image_token_id, config.video_token_id)
+        video = pixels.get("videos", (None, None))
+        examples.append(Example(None, (), "", "", ids, positions, *video, *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
 
 
-def random_rows(qwen, num_rows: int, C: int):
+def random_rows(qwen, num_completions: int, C: int):
     """Completions of C tokens each."""
-    ids = torch.randint(0, 300, (num_rows, C), generator=torch.Generator().manual_seed(0)).to(qwen.device)
+    ids = torch.randint(0, 300, (num_completions, C), generator=torch.Generator().manual_seed(0)).to(qwen.device)
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
 
-def count(run, *models) -> dict[str, int]:
-    """What one call of `run` puts through the models, seen from outside: by hooks, and by COUNTS where no module is called."""
+def count(run, *qwens) -> dict[str, int]:
+    """What one call of `run` puts through the models, seen from outside: the code that is measured counts nothing."""
     seen = {"vision patches": 0, "text tokens": 0, "logits": 0}
 
-    def add(name, size):
-        seen[name] += size
+    def see_patches(module, args, kwargs):
+        seen["vision patches"] += len(args[0] if args else kwargs["hidden_states"])
 
-    hooks = []
-    for qwen in models:
-        hooks += [qwen.model.visual.register_forward_pre_hook(
-                      lambda m, args, kwargs: add("vision patches", len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True),
-                  qwen.model.language_model.register_forward_pre_hook(
-                      lambda m, args, kwargs: add("text tokens", kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True),
-                  qwen.lm_head.register_forward_hook(lambda m, args, out: add("logits", out.numel()))]
-    before = COUNTS["logits"]
-    run()
-    for hook in hooks:
-        hook.remove()
-    seen["logits"] += COUNTS["logits"] - before
+    def see_tokens(module, args, kwargs):  # padding is among them: it costs as much
+        seen["text tokens"] += kwargs["inputs_embeds"].shape[:2].numel()
+
+    def see_logits(module, args, logits):
+        seen["logits"] += logits.numel()
+
+    # The learner takes its logits chunk by chunk from lm_head's weight, without calling the module. Whole calls are
+    # counted, so that a chunk which is computed again in the backward pass counts once.
+    def seen_logps(hidden, weight, *args, **kwargs):
+        seen["logits"] += len(hidden) * len(weight)
+        return token_logps(hidden, weight, *args, **kwargs)
+
+    with ExitStack() as watching:  # all hooks go at its end
+        watching.enter_context(mock.patch.object(model, "token_logps", seen_logps))
+        for qwen in qwens:
+            for hook in (qwen.model.visual.register_forward_pre_hook(see_patches, with_kwargs=True),
+                         qwen.model.language_model.register_forward_pre_hook(see_tokens, with_kwargs=True),
+                         qwen.lm_head.register_forward_hook(see_logits)):
+                watching.enter_context(hook)
+        run()
     return seen
 
 
@@ -149,8 +163,9 @@ def take_turns(sides: dict, rounds: int, title: str) -> dict[str, list[float]]:
     return seconds
 
 
-def table_row(id: str, what: str, sides: dict[str, list[float]], unit: str = "s", ratios=None, aim=None, counts=None) -> dict:
-    """One row of the table: what each side took in every round, and the ratios if there are any: median, least, most."""
+def table_row(id: str, what: str, sides: dict[str, list[float]], unit: str = "s", ratios=None, aim=None,
+              counts=None) -> dict:
+    """One row of the table: what each side took in every round; of the ratios, if any, the median, least and most."""
     spread = [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None
     return {"id": id, "what": what, "unit": unit, "sides": sides, "ratio": spread, "aim": aim, "counts": counts or {}}
 
@@ -176,10 +191,11 @@ def show(row: dict) -> None:
 # The comparisons. Each yields rows.
 
 def hf_generate(qwen, example, C: int):
-    """Hugging Face's sampling of one group: the vision tower runs once, but the prompt's tokens are prefilled G times."""
+    """Hugging Face's sampling of one group: the vision tower runs once, but the prompt is prefilled G times."""
     ids = example.prompt_ids.to(qwen.device)[None]
-    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=C, num_return_sequences=G,
-                              eos_token_id=None, pad_token_id=0, suppress_tokens=vision_token_ids(qwen, "cpu").tolist())
+    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=C,
+                              num_return_sequences=G, eos_token_id=None, pad_token_id=0,
+                              suppress_tokens=vision_token_ids(qwen, "cpu").tolist())
     types = (ids == qwen.config.image_token_id).int() + 2 * (ids == qwen.config.video_token_id).int()
     names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
     pixels = {name: getattr(example, name).to(qwen.device) for name in names}
@@ -188,27 +204,27 @@ def hf_generate(qwen, example, C: int):
     assert out.shape == (G, ids.shape[1] + C)
 
 
-def sampler(qwen, prompts, C: int, G: int = G, graphs=None):
+def rollout_of(qwen, prompts, C: int, G: int = G, caches: dict | None = None):
     """A call that samples G completions of C tokens for each prompt."""
     banned, no_end = vision_token_ids(qwen, qwen.device), torch.tensor([], dtype=torch.int64, device=qwen.device)
     seeds = list(range(len(prompts.lengths)))
 
     def run():
-        ids, _, _ = generate(qwen, prompts, G, C, 1.0, seeds, no_end, banned, graphs)
-        assert ids.shape == (len(seeds) * G, C)
+        completions = generate(qwen, prompts, G, C, 1.0, seeds, no_end, banned, caches)
+        assert completions.ids.shape == (len(seeds) * G, C)
     return run
 
 
 def b1(qwen, args):
     """Sampling by Hugging Face's generate, a group at a time, over ours."""
-    graphs = {} if args.cuda_graph else None
+    caches = {} if args.cuda_graph else None
     gpu = qwen.device.type == "cuda"
     for num_prompts, C, aim in ((1, 64, 6 if gpu else 2.5), (1, 256, 6 if gpu else 1.8), (8, 64, 15 if gpu else None)):
         examples, prompts = make_prompts(qwen, num_prompts)
-        sides = {"generate": lambda: [hf_generate(qwen, example, C) for example in examples],
-                 "ours": sampler(qwen, prompts, C, graphs=graphs)}
-        # Counted without graphs: a replay calls no module.
-        counts = {"generate": count(sides["generate"], qwen), "ours": count(sampler(qwen, prompts, C), qwen)}
+        sides = {"generate": lambda C=C, examples=examples: [hf_generate(qwen, example, C) for example in examples],
+                 "ours": rollout_of(qwen, prompts, C, caches=caches)}
+        # Counted without CUDA graphs: a replay calls no module.
+        counts = {"generate": count(sides["generate"], qwen), "ours": count(rollout_of(qwen, prompts, C), qwen)}
         yield compare("B1", f"sampling, {num_prompts * G} rows x {C} tokens", sides, args.rounds, aim, counts)
 
 
@@ -216,22 +232,24 @@ def b2(qwen, args):
     """A decode step over the time in which a GPU can read the weights once."""
     if qwen.device.type != "cuda":
         return
-    graphs = {} if args.cuda_graph else None
+    caches = {} if args.cuda_graph else None
     weights = sum(p.nbytes for p in (*qwen.model.language_model.layers.parameters(), qwen.lm_head.weight))
     floor = weights / BANDWIDTH[torch.cuda.get_device_name()]
     for num_prompts in (1, 8):
         _, prompts = make_prompts(qwen, num_prompts)
-        seconds = take_turns({C: sampler(qwen, prompts, C, graphs=graphs) for C in (1, 65)}, args.rounds, "B2")
+        sides = {C: rollout_of(qwen, prompts, C, caches=caches) for C in (1, 65)}
+        seconds = take_turns(sides, args.rounds, "B2")
         steps = [(b - a) / 64 for a, b in zip(seconds[1], seconds[65])]
-        yield table_row("B2", f"one decode step over its floor, {num_prompts * G} rows", {"step": steps, "floor": [floor]},
-                        ratios=[step / floor for step in steps], aim=1.5, counts={"read": {"bytes of weights": weights}})
+        yield table_row("B2", f"one decode step over its floor, {num_prompts * G} rows",
+                        {"step": steps, "floor": [floor]}, ratios=[step / floor for step in steps], aim=1.5,
+                        counts={"read": {"bytes of weights": weights}})
 
 
-def learner(qwen, naive: bool, prompts, num_rows: int, C: int):
+def learner(qwen, naive: bool, prompts, num_completions: int, C: int):
     """A call that computes log-probs of C tokens in each row and their gradients."""
     policy = Policy(qwen, qwen.dtype, naive)
-    ids, mask = random_rows(qwen, num_rows, C)
-    row_prompt = torch.arange(num_rows, device=qwen.device) // (num_rows // len(prompts.lengths))
+    ids, mask = random_rows(qwen, num_completions, C)
+    row_prompt = torch.arange(num_completions, device=qwen.device) // (num_completions // len(prompts.lengths))
 
     def run():
         logps, _ = policy(prompts, row_prompt, ids, mask, 1.0, vision_token_ids(qwen, qwen.device))
@@ -246,7 +264,8 @@ def b3(qwen, args):
     qwen.requires_grad_(True)
     for C, aim in ((256, 2.2 if qwen.device.type == "cuda" else 2.3), (64, None)):
         sides = {"naive": learner(qwen, True, prompts, G, C), "ours": learner(qwen, False, prompts, G, C)}
-        counts = {name: {**count(run, qwen), "bytes at most": peak_bytes(run, qwen.device)} for name, run in sides.items()}
+        counts = {name: {**count(run, qwen), "bytes at most": peak_bytes(run, qwen.device)}
+                  for name, run in sides.items()}
         yield compare("B3", f"learning, forward and backward, {G} rows x {C}", sides, args.rounds, aim, counts)
     qwen.requires_grad_(False)
 
@@ -274,7 +293,8 @@ def b4(qwen, args):
             hidden.grad = weight.grad = None
             peaks[name] = peak_bytes(run, qwen.device)
     if None not in peaks.values():
-        yield table_row("B4", "log-probs and entropy, V 152,064, 8 x 512", {name: [peak] for name, peak in peaks.items()}, "bytes",
+        yield table_row("B4", "log-probs and entropy, V 152,064, 8 x 512",
+                        {name: [peak] for name, peak in peaks.items()}, "bytes",
                         [peaks["full"] / peaks["ours"]], aim=8)
 
 
@@ -287,33 +307,35 @@ def b5(qwen, args):
 
 def b6(qwen, args):
     """Collectives of a rollout on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "--collectives"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__,
+               "--collectives"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     yield json.loads(out.splitlines()[-1])
 
 
 def collectives() -> None:
-    """On two ranks: how many collectives a rollout takes, whatever its length, and one forward pass of the sharded policy."""
+    """On two ranks: how many collectives a rollout takes, whatever its length, and a forward pass of the policy."""
     rank, _, device = setup()
     policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False), device)
-    actor = make_actor(policy, device)
-    _, prompts = make_prompts(actor, frames=2, length=200)
+    sampler = make_sampler(policy, device)
+    _, prompts = make_prompts(sampler, frames=2, length=200)
 
     def rollout(C):
-        copy_weights(policy, actor)
-        sampler(actor, prompts, C)()
+        copy_weights(policy, sampler)
+        rollout_of(sampler, prompts, C)()
 
     def collectives_in(run):
         with profile() as profiled:
             run()
         return sum(event.count for event in profiled.key_averages() if event.key.startswith(("gloo:", "nccl:")))
 
-    ids, mask = random_rows(actor, G, 4)
+    ids, mask = random_rows(sampler, G, 4)
+    row_prompt = torch.zeros(G, dtype=torch.int64, device=device)
     counts = {"in a rollout of 32 tokens": collectives_in(lambda: rollout(32)),
               "in a rollout of 64 tokens": collectives_in(lambda: rollout(64)),
-              "of these in sampling": collectives_in(sampler(actor, prompts, 32)),
-              "in a sharded forward pass": collectives_in(lambda: policy(prompts, torch.zeros(G, dtype=torch.int64), ids, mask))}
+              "of these in sampling": collectives_in(rollout_of(sampler, prompts, 32)),
+              "in a sharded forward pass": collectives_in(lambda: policy(prompts, row_prompt, ids, mask))}
     if rank == 0:
         print(json.dumps(table_row("B6", "collectives on 2 ranks", {}, "", counts={"ours": counts})))
     torch.distributed.destroy_process_group()
@@ -321,24 +343,27 @@ def collectives() -> None:
 
 def b7(qwen, args):
     """How seconds and bytes grow with frames, group size and completion length, beside the arithmetic."""
-    base, first = dict(frames=16, rows=8, C=128), {}  # first: seconds and GFLOP of the row that the others are compared with
+    base = dict(frames=16, rows=8, C=128)
+    first = {}  # seconds and GFLOP of the row that the others are compared with
     for change in ({}, dict(frames=8), dict(frames=32), dict(rows=4), dict(rows=16), dict(C=512)):
         frames, rows, C = {**base, **change}.values()
         _, prompts = make_prompts(qwen, frames=frames, length=P + (frames - 16) // 2 * 81)  # two frames are 81 tokens
         qwen.requires_grad_(True)
-        sides, counts = {"sampling": sampler(qwen, prompts, C, rows), "learning": learner(qwen, False, prompts, rows, C)}, {}
+        sides = {"sampling": rollout_of(qwen, prompts, C, rows), "learning": learner(qwen, False, prompts, rows, C)}
+        counts = {}
         seconds = take_turns(sides, args.rounds, "B7")
         for name, run in sides.items():
             now = statistics.median(seconds[name]), gflop(qwen, name, prompts, rows, C)
             growth, predicted = (a / b for a, b in zip(now, first.setdefault(name, now)))
-            counts[name] = {**count(run, qwen), "GFLOP by arithmetic": round(now[1], 1), "bytes at most": peak_bytes(run, qwen.device),
+            counts[name] = {**count(run, qwen), "GFLOP by arithmetic": round(now[1], 1),
+                            "bytes at most": peak_bytes(run, qwen.device),
                             "times the first row's seconds": round(growth, 2), "times its GFLOP": round(predicted, 2)}
         qwen.requires_grad_(False)
         yield table_row("B7", f"{frames} frames, G {rows}, C {C}", seconds, counts=counts)
 
 
 def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
-    """Matrix products of a phase: 2 per weight and token, 4 H d per pair of tokens in attention; with backward, 3 times that."""
+    """Matrix products of a phase: 2 per weight and token, 4 H d per pair of tokens in attention; learning: 3 times."""
     text, vision = qwen.config.text_config, qwen.config.vision_config
     tokens, S = len(prompts.ids), len(prompts.pixel_values)
     weights = sum(p.numel() for p in qwen.model.language_model.layers.parameters())
@@ -354,20 +379,20 @@ def gflop(qwen, phase: str, prompts, rows: int, C: int) -> float:
 # The command.
 
 def machine() -> dict:
-    model = platform.processor()
+    cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main() -> None:
     benches = {"B1": b1, "B2": b2, "B3": b3, "B4": b4, "B5": b5, "B6": b6, "B7": b7}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=benches, default=list(benches))
-    parser.add_argument("--rounds", type=int, default=5, help="times that each side runs, 5 or more for numbers to quote")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side runs, 5 or more to quote numbers")
     parser.add_argument("--shape", choices=("toy", *SHAPES), default="toy", help="2B and 7B: on a GPU")
     parser.add_argument("--cuda_graph", action="store_true", help="decode by CUDA graph; never run so far")
     parser.add_argument("--trl", help="the python of an environment with trl and torchvision, for B5")
@@ -388,7 +413,8 @@ def main() -> None:
     if file.exists():
         before = json.loads(file.read_text())
         if all(before.get(name) == value for name, value in found.items()):  # the same machine, versions and model
-            rows = sorted(rows + [row for row in before["rows"] if row["id"] not in args.only], key=lambda row: row["id"])
+            rows += [row for row in before["rows"] if row["id"] not in args.only]
+            rows.sort(key=lambda row: row["id"])
     file.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
 
 

@@ -13,15 +13,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets/toy_base"), str(ROOT / "docs")]
 
 import float64  # noqa: E402
 import toy  # noqa: E402
-from data import Frames, VideoDataset, load_samples  # noqa: E402
-from model import load_tokenizer, setup  # noqa: E402
+from data import PixelSettings, VideoDataset, load_questions  # noqa: E402
+from runtime import load_tokenizer, setup  # noqa: E402
 
 # One thread: a tiny model gains nothing from two, and two crawl when another process wants a core.
 torch.set_num_threads(1)
 
 float64.lift()
 
-FRAMES = Frames(fps=0.5, image_size=56)  # 4 or 6 frames of the toy world's clips of 8 or 12 s, so that prompts are ragged
+# 4 or 6 frames of the toy world's clips of 8 or 12 s, so that prompts are ragged.
+PIXELS = PixelSettings(fps=0.5, image_size=56)
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +43,18 @@ def device():
 
 @pytest.fixture(scope="session")
 def dataset(world, tokenizer):
-    return VideoDataset(load_samples("annotations/training_6k.jsonl", world), tokenizer, FRAMES, seed=0)
+    return VideoDataset(load_questions("annotations/training_6k.jsonl", world), tokenizer, PIXELS, seed=0)
 
 
 @pytest.fixture(scope="session")
 def ragged(dataset):
-    """Four examples of different lengths: image only, and clips of 4 and 6 frames, asked about goals of more or fewer words."""
+    """Four examples of different lengths: image only, and clips of 4 and 6 frames, about goals of few or many words."""
     examples, clips = [], [dataset[0, i] for i in range(40)]
     for grid_t in (None, 2, 3, 3):
-        of_size = [e for e in clips if (e.video_grid_thw is None) == (grid_t is None) and (grid_t is None or e.video_grid_thw[0, 0] == grid_t)]
-        examples.append(next(e for e in of_size if len(e.prompt_ids) not in {len(other.prompt_ids) for other in examples}))
+        of_size = [e for e in clips if (e.video_grid_thw is None) == (grid_t is None)
+                   and (grid_t is None or e.video_grid_thw[0, 0] == grid_t)]
+        lengths = {len(other.prompt_ids) for other in examples}
+        examples.append(next(e for e in of_size if len(e.prompt_ids) not in lengths))
     assert len({len(e.prompt_ids) for e in examples}) == 4 and not any(e.error for e in examples)
     return examples
 

@@ -2,9 +2,9 @@
 
     python tests/float64.py SCRIPT FLAGS ...      runs a script under it; the tests import `lift`
 
-Hugging Face runs the norms and the vision tower's rotations in float32 whatever the weights are. Rounding there is 6e-8, and
-differs between a prompt's gradient summed over its rows before the norm's backward pass and after it. Float32 and bf16 models
-are computed as before.
+Hugging Face runs the norms and the vision tower's rotations in float32 whatever the weights are. Rounding there is
+6e-8, and differs between a prompt's gradient summed over its rows before the norm's backward pass and after it. Float32
+and bf16 models are computed as before.
 """
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""What the model gets to see (--video), and what of the training file is left out because it is answered without looking."""
+"""What the model gets to see (--video), and what of the training file is left out as it is answered without looking."""
 import dataclasses
 import json
 import random
@@ -7,8 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FRAMES
-from test_train import eval_args, grpo_args, metrics_of, relative_difference, sft_args, small_world, torchrun, update
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
@@ -16,22 +14,35 @@ import evaluate
 import grpo_video
 import sft_video
 import toy
-from data import VIDEO, VideoDataset, control_frames, file_names, leave_out, load_samples, patchify, read_image, read_video
-from model import Policy, collate_prompts, load_tokenizer
+from conftest import PIXELS
+from data import (
+    VIDEO,
+    VideoDataset,
+    control_frames,
+    file_names,
+    leave_out,
+    load_questions,
+    patchify,
+    read_image,
+    read_video,
+)
+from model import Policy, collate_prompts
+from runtime import load_tokenizer
+from test_train import eval_args, grpo_args, metrics_of, relative_difference, sft_args, small_world, torchrun, update
 
 
 @pytest.fixture(scope="module")
-def samples(world):
-    return load_samples("annotations/training_6k.jsonl", world)
+def questions(world):
+    return load_questions("annotations/training_6k.jsonl", world)
 
 
-def shown(samples, tokenizer, video, seed=0):
-    return VideoDataset(samples, tokenizer, FRAMES, seed, video)
+def shown(questions, tokenizer, video, seed=0):
+    return VideoDataset(questions, tokenizer, PIXELS, seed, video)
 
 
 @pytest.fixture(scope="module")
-def index(samples):
-    return next(i for i, sample in enumerate(samples) if len(sample.progress) == 3)
+def index(questions):
+    return next(i for i, question in enumerate(questions) if len(question.progress) == 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,65 +66,70 @@ def test_frames_of_each_setting_equal_a_loop():
             else:
                 assert (out[f] == pixels[f]).all()
     assert (pixels == before).all()
-    assert all((control_frames(pixels[:2], "shuffled", random.Random(seed)) == pixels[1::-1]).all() for seed in range(9))
-    orders = {tuple(control_frames(pixels, "shuffled", random.Random(seed))[:, 0, 0, 0].tolist()) for seed in range(50)}
-    assert len(orders) > 40 and tuple(pixels[:, 0, 0, 0].tolist()) not in orders and all(sorted(order) == sorted(pixels[:, 0, 0, 0].tolist()) for order in orders)
+    for seed in range(9):
+        assert (control_frames(pixels[:2], "shuffled", random.Random(seed)) == pixels[1::-1]).all()
+    shuffled = [control_frames(pixels, "shuffled", random.Random(seed)) for seed in range(50)]
+    own, orders = pixels[:, 0, 0, 0].tolist(), {tuple(frames[:, 0, 0, 0].tolist()) for frames in shuffled}
+    assert len(orders) > 40 and tuple(own) not in orders and all(sorted(order) == sorted(own) for order in orders)
 
 
-def test_only_the_clip_changes(samples, tokenizer, index):
-    full = shown(samples, tokenizer, "full")[0, index]
-    frames = read_video(samples[index].video, FRAMES)
-    image, _ = patchify(read_image(samples[index].image, FRAMES))
+def test_only_the_clip_changes(questions, tokenizer, index):
+    full = shown(questions, tokenizer, "full")[0, index]
+    frames = read_video(questions[index].video, PIXELS)
+    image, _ = patchify(read_image(questions[index].image, PIXELS))
     assert torch.equal(full.pixel_values_videos, patchify(frames)[0])
-    wanted = {"blank": np.full_like(frames, 128), "reversed": frames[::-1], "single_frame": np.stack([frames[-1]] * len(frames))}
+    wanted = {"blank": np.full_like(frames, 128), "reversed": frames[::-1],
+              "single_frame": np.stack([frames[-1]] * len(frames))}
     for video in ("blank", "shuffled", "reversed", "single_frame", "random"):
-        example = shown(samples, tokenizer, video)[0, index]
+        example = shown(questions, tokenizer, video)[0, index]
         assert torch.equal(example.pixel_values, image)
         assert (example.options, example.gold, example.prompt_text) == (full.options, full.gold, full.prompt_text)
         assert not torch.equal(example.pixel_values_videos, full.pixel_values_videos)
         if video != "random":  # another clip may be shorter
-            assert torch.equal(example.prompt_ids, full.prompt_ids) and torch.equal(example.position_ids, full.position_ids)
+            assert torch.equal(example.prompt_ids, full.prompt_ids)
+            assert torch.equal(example.position_ids, full.position_ids)
         if video in wanted:
             assert torch.equal(example.pixel_values_videos, patchify(wanted[video].copy())[0])
 
 
-def test_questions_without_a_clip_stay_as_they_are(samples, tokenizer):
-    i = next(i for i, sample in enumerate(samples) if not sample.video)
-    full = shown(samples, tokenizer, "full")[0, i]
+def test_questions_without_a_clip_stay_as_they_are(questions, tokenizer):
+    i = next(i for i, question in enumerate(questions) if not question.video)
+    full = shown(questions, tokenizer, "full")[0, i]
     for video in set(VIDEO) - {"text_only"}:
-        example = shown(samples, tokenizer, video)[0, i]
+        example = shown(questions, tokenizer, video)[0, i]
         assert example.pixel_values_videos is None and torch.equal(example.pixel_values, full.pixel_values)
 
 
-def test_another_clip_is_one_of_another_progress_and_follows_from_seed_and_epoch(samples, tokenizer, index):
-    clips = {sample.video: sample for sample in samples if sample.video}
-    others = shown(samples, tokenizer, "random").other_clips(samples[index])
+def test_another_clip_is_one_of_another_progress_and_follows_from_seed_and_epoch(questions, tokenizer, index):
+    clips = {question.video: question for question in questions if question.video}
+    others = shown(questions, tokenizer, "random").other_clips(questions[index])
     assert {len(clips[path].progress) for path in others} == {1, 2, 4, 5}
-    assert set(others) == {path for path, sample in clips.items() if len(sample.progress) != 3}  # and so not its own
-    few = [samples[index]] + [sample for sample in samples if sample.video and len(sample.progress) != 3][:6]
-    patches = {str(sample.video): patchify(read_video(sample.video, FRAMES))[0] for sample in few}
+    assert set(others) == {path for path, question in clips.items() if len(question.progress) != 3}  # so not its own
+    elsewhere = [question for question in questions if question.video and len(question.progress) != 3]
+    few = [questions[index], *elsewhere[:6]]
+    patches = {str(question.video): patchify(read_video(question.video, PIXELS))[0] for question in few}
 
     def drawn(seed, epoch):
         values = shown(few, tokenizer, "random", seed)[epoch, 0].pixel_values_videos
         return next(path for path, own in patches.items() if own.shape == values.shape and torch.equal(own, values))
 
     by_seed, by_epoch = {drawn(seed, 0) for seed in range(20)}, {drawn(0, epoch) for epoch in range(20)}
-    assert len(by_seed) > 3 and len(by_epoch) > 3 and str(samples[index].video) not in by_seed | by_epoch
+    assert len(by_seed) > 3 and len(by_epoch) > 3 and str(questions[index].video) not in by_seed | by_epoch
     assert drawn(3, 5) == drawn(3, 5)
 
 
-def test_where_a_file_tells_no_progress_any_other_clip_will_do(samples, tokenizer):
-    untold = [dataclasses.replace(sample, progress=()) for sample in samples if sample.video][:4]
-    assert set(shown(untold, tokenizer, "random").other_clips(untold[0])) == {sample.video for sample in untold[1:]}
-    alike = [sample for sample in samples if len(sample.progress) == 2][:3]
+def test_where_a_file_tells_no_progress_any_other_clip_will_do(questions, tokenizer):
+    untold = [dataclasses.replace(question, progress=()) for question in questions if question.video][:4]
+    assert set(shown(untold, tokenizer, "random").other_clips(untold[0])) == {question.video for question in untold[1:]}
+    alike = [question for question in questions if len(question.progress) == 2][:3]
     for lonely in (untold[:1], alike):
-        with pytest.raises(ValueError, match="--video random: there is no other clip for sample"):
+        with pytest.raises(ValueError, match="--video random: there is no other clip for question"):
             shown(lonely, tokenizer, "random")
         assert len(shown(lonely, tokenizer, "blank")) == len(lonely)
 
 
-def test_text_only_has_no_vision_token_and_needs_no_file(samples, tokenizer, index, tmp_path):
-    lost = dataclasses.replace(samples[index], video=tmp_path / "gone.mp4", image=tmp_path / "gone.png")
+def test_text_only_has_no_vision_token_and_needs_no_file(questions, tokenizer, index, tmp_path):
+    lost = dataclasses.replace(questions[index], video=tmp_path / "gone.mp4", image=tmp_path / "gone.png")
     example = shown([lost], tokenizer, "text_only")[0, 0]
     assert not example.error and example.pixel_values is None and example.pixel_values_videos is None
     pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
@@ -122,20 +138,21 @@ def test_text_only_has_no_vision_token_and_needs_no_file(samples, tokenizer, ind
     assert all(shown([lost], tokenizer, video)[0, 0].error for video in ("full", "blank", "reversed"))
 
 
-def test_text_only_logps_equal_hugging_faces(samples, tokenizer):
+def test_text_only_logps_equal_hugging_faces(questions, tokenizer):
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float64)
-    examples = [shown(samples, tokenizer, "text_only")[0, i] for i in (0, 1)]
+    examples = [shown(questions, tokenizer, "text_only")[0, i] for i in (0, 1)]
     target = torch.tensor([tokenizer("<think>I see wash pot.</think><|im_end|>")["input_ids"]] * 2)
-    mine = Policy(qwen, torch.float64)(collate_prompts(examples, torch.device("cpu")), torch.tensor([0, 1]), target, torch.ones_like(target).bool())[0]
+    prompts, mask = collate_prompts(examples, torch.device("cpu")), torch.ones_like(target).bool()
+    mine = Policy(qwen, torch.float64)(prompts, torch.tensor([0, 1]), target, mask)[0]
     for row, example, ids in zip(mine, examples, target):
         logits = qwen(input_ids=torch.cat([example.prompt_ids, ids])[None]).logits[0]
         theirs = logits.log_softmax(-1)[len(example.prompt_ids) - 1:-1].gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(row, theirs, rtol=0, atol=1e-9)
 
 
-def test_unknown_settings_are_refused(samples, tokenizer, tmp_path):
+def test_unknown_settings_are_refused(questions, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="--video 'grey': must be one of full, text_only, blank"):
-        shown(samples, tokenizer, "grey")
+        shown(questions, tokenizer, "grey")
     for main, args in ((grpo_video.main, grpo_args), (sft_video.main, sft_args), (evaluate.main, eval_args)):
         with pytest.raises(ValueError, match="--video 'grey'"):
             main(args(tmp_path / "out", video="grey"))
@@ -158,18 +175,20 @@ def test_a_tokenizer_whose_vision_tokens_are_not_the_models_is_an_error(tmp_path
             script.main(args(tmp_path / "out", model=str(base)))
 
 
-def test_a_run_says_what_its_prompts_hold(samples, tokenizer):
-    say = {video: shown(samples, tokenizer, video).describe_prompt() for video in VIDEO}
-    i = next(i for i, sample in enumerate(samples) if sample.video)
-    example = shown(samples, tokenizer, "full")[0, i]
+def test_a_run_says_what_its_prompts_hold(questions, tokenizer):
+    say = {video: shown(questions, tokenizer, video).describe_prompt() for video in VIDEO}
+    i = next(i for i, question in enumerate(questions) if question.video)
+    example = shown(questions, tokenizer, "full")[0, i]
     frames, tokens = 2 * int(example.video_grid_thw[0, 0]), int(example.video_grid_thw.prod()) // 4
-    assert f"clip of {frames} frames of 56 x 56 pixels ({tokens} vision tokens), image of 56 x 56 pixels (4 vision tokens)" in say["full"]
-    assert say["full"].startswith("704 questions, 640 with a clip; --video full: the clip; prompt of sample ")
+    clip = f"clip of {frames} frames of 56 x 56 pixels ({tokens} vision tokens)"
+    assert f"{clip}, image of 56 x 56 pixels (4 vision tokens)" in say["full"]
+    assert say["full"].startswith("704 questions, 640 with a clip; --video full: the clip; prompt of question ")
     assert say["full"].endswith(f"{len(example.prompt_ids)} tokens in all")
     assert "no clip, no image" in say["text_only"] and "--video text_only" in say["text_only"]
-    lost = dataclasses.replace(samples[i], video=samples[i].video.with_name("gone.mp4"))
-    assert "none of 1 samples could be read, the last: " in shown([lost], tokenizer, "full").describe_prompt()
-    assert f"prompt of sample {samples[i].sample_id}: clip" in shown([lost, samples[i]], tokenizer, "full").describe_prompt()
+    lost = dataclasses.replace(questions[i], video=questions[i].video.with_name("gone.mp4"))
+    assert "none of 1 could be read, the last: " in shown([lost], tokenizer, "full").describe_prompt()
+    said = shown([lost, questions[i]], tokenizer, "full").describe_prompt()
+    assert f"prompt of question {questions[i].id}: clip" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,13 +201,14 @@ def test_training_blind_is_training_on_grey_files(tmp_path, world):
     grpo_video.main(grpo_args(tmp_path / "blind", data_root=str(root), video="blank", **args))
     grpo_video.main(grpo_args(tmp_path / "seeing", data_root=str(root), **args))
     assert json.loads((tmp_path / "blind/args.json").read_text())["video"] == "blank"
-    for sample in load_samples("annotations/training_6k.jsonl", root):
-        if sample.video:
-            toy.write_clip(sample.video, np.full((32, 56, 56, 3), 128, np.uint8))
+    for question in load_questions("annotations/training_6k.jsonl", root):
+        if question.video:
+            toy.write_clip(question.video, np.full((32, 56, 56, 3), 128, np.uint8))
     grpo_video.main(grpo_args(tmp_path / "grey", data_root=str(root), **args))
     blind, grey, seeing = (metrics_of(tmp_path / name)[0] for name in ("blind", "grey", "seeing"))
     assert (blind["completion_length"], blind["reward"]) == (grey["completion_length"], grey["reward"])
-    assert relative_difference(update(tmp_path / "blind/final"), update(tmp_path / "grey/final")) < 0.05  # H.264's grey is not exact
+    # Not to the last bit: H.264's grey is not exact.
+    assert relative_difference(update(tmp_path / "blind/final"), update(tmp_path / "grey/final")) < 0.05
     assert relative_difference(update(tmp_path / "blind/final"), update(tmp_path / "seeing/final")) > 0.1
 
 
@@ -202,71 +222,79 @@ def test_two_ranks_without_any_pixels_make_the_update_of_one(tmp_path):
 
 
 def test_evaluation_takes_training_files_and_its_seed_orders_their_options(tmp_path, world):
-    options = []
+    options, few = [], dict(eval_files=["annotations/training_6k.jsonl"], max_questions=12)
     for seed in (0, 1):
-        rows = evaluate.main(eval_args(tmp_path / str(seed), eval_files=["annotations/training_6k.jsonl"], max_samples=12, seed=seed, video="blank"))
+        rows = evaluate.main(eval_args(tmp_path / str(seed), **few, seed=seed, video="blank"))
         assert rows[0]["n"] == 12 and rows[0]["chance"] == 0.25
         records = [json.loads(line) for line in (tmp_path / str(seed) / "samples.jsonl").read_text().splitlines()]
         options.append({r["sample_id"]: r["options"] for r in records})
-        by_id = {sample.sample_id: sample for sample in load_samples("annotations/training_6k.jsonl", world)}
+        by_id = {question.id: question for question in load_questions("annotations/training_6k.jsonl", world)}
         for r in records:
-            assert r["options"]["ABCD".index(r["gold"])] == by_id[r["sample_id"]].answer and r["question"] == by_id[r["sample_id"]].question
-            assert (r["video"], r["image"]) == file_names(by_id[r["sample_id"]]) and tuple(r["progress"]) == by_id[r["sample_id"]].progress
+            question = by_id[r["sample_id"]]
+            assert r["options"]["ABCD".index(r["gold"])] == question.answer and r["question"] == question.text
+            assert (r["video"], r["image"]) == file_names(question) and tuple(r["progress"]) == question.progress
         assert json.loads((tmp_path / str(seed) / "results.json").read_text())["settings"]["video"] == "blank"
     assert options[0].keys() == options[1].keys() and options[0] != options[1]
-    with pytest.raises(ValueError, match="samples are not the same questions.*--seed"):
-        evaluate.main(eval_args(tmp_path / "2", eval_files=["annotations/training_6k.jsonl"], max_samples=12, compare=str(tmp_path / "1")))
+    with pytest.raises(ValueError, match="questions are not the same.*--seed"):
+        evaluate.main(eval_args(tmp_path / "2", **few, compare=str(tmp_path / "1")))
 
 
-def write_answers(path, samples, right):
-    path.write_text("".join(json.dumps({"sample_id": s.sample_id, "video": file_names(s)[0], "image": file_names(s)[1], "correct": s.sample_id in right}) + "\n" for s in samples))
+def write_answers(path, questions, right):
+    with path.open("w") as file:
+        for question in questions:
+            video, image = file_names(question)
+            answer = {"sample_id": question.id, "video": video, "image": image, "correct": question.id in right}
+            file.write(json.dumps(answer) + "\n")
     return str(path)
 
 
-def test_questions_are_left_out_that_all_evaluations_answered(samples, tmp_path, world):
-    few = samples[:20]
-    ids = [sample.sample_id for sample in few]
+def test_questions_are_left_out_that_all_evaluations_answered(questions, tmp_path, world):
+    few = questions[:20]
+    ids = [question.id for question in few]
     one = write_answers(tmp_path / "1.jsonl", few, ids[:8])
     two = write_answers(tmp_path / "2.jsonl", few, ids[4:12])
-    assert leave_out(samples, []) == samples
-    assert [s.sample_id for s in leave_out(few, [one])] == ids[8:]
-    assert [s.sample_id for s in leave_out(few, [one, two])] == ids[:4] + ids[8:]
-    assert leave_out(samples, [one])[:12] == samples[8:20]  # an evaluation of a part of the file
-    cot = {s.sample_id: s for s in load_samples("annotations/training_with_cot_6k.jsonl", world)}
-    assert [s.sample_id for s in leave_out([cot[i] for i in ids], [one])] == ids[8:]  # the SFT file has the same ids
+    assert leave_out(questions, []) == questions
+    assert [s.id for s in leave_out(few, [one])] == ids[8:]
+    assert [s.id for s in leave_out(few, [one, two])] == ids[:4] + ids[8:]
+    assert leave_out(questions, [one])[:12] == questions[8:20]  # an evaluation of a part of the file
+    cot = {s.id: s for s in load_questions("annotations/training_with_cot_6k.jsonl", world)}
+    assert [s.id for s in leave_out([cot[i] for i in ids], [one])] == ids[8:]  # the SFT file has the same ids
 
 
-def test_evaluations_of_other_questions_are_refused(samples, tmp_path, world):
-    few = samples[:20]
-    level = load_samples("annotations/validation_L1.jsonl", world)  # its ids are 0, 1, 2, .. as well
+def test_evaluations_of_other_questions_are_refused(questions, tmp_path, world):
+    few = questions[:20]
+    level = load_questions("annotations/validation_L1.jsonl", world)  # its ids are 0, 1, 2, .. as well
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"correct": false}\n')
-    for path, match in ((write_answers(tmp_path / "L1.jsonl", level, {s.sample_id for s in level}), "none of its questions"),
-                        (write_answers(tmp_path / "other.jsonl", samples[30:40], set()), "none of its questions"),
-                        (str(torn), "not the samples.jsonl"), (str(tmp_path / "nowhere.jsonl"), "not the samples.jsonl"),
+    for path, match in ((write_answers(tmp_path / "L1.jsonl", level, {s.id for s in level}), "none of its questions"),
+                        (write_answers(tmp_path / "other.jsonl", questions[30:40], set()), "none of its questions"),
+                        (str(torn), "not the samples.jsonl"),
+                        (str(tmp_path / "nowhere.jsonl"), "not the samples.jsonl"),
                         (str(world / "annotations/training_6k.jsonl"), "not the samples")):
         with pytest.raises(ValueError, match=match):
             leave_out(few, [path])
-    both = write_answers(tmp_path / "both.jsonl", [*level, *few], {s.sample_id for s in level} | {few[0].sample_id})
+    both = write_answers(tmp_path / "both.jsonl", [*level, *few], {s.id for s in level} | {few[0].id})
     assert len(leave_out(few, [both])) < len(few)  # evaluated together with a level: its questions are told apart
     with pytest.raises(ValueError, match="named twice"):
         leave_out(few, [both, both])
-    everything = write_answers(tmp_path / "all.jsonl", few, {s.sample_id for s in few})
+    everything = write_answers(tmp_path / "all.jsonl", few, {s.id for s in few})
     with pytest.raises(ValueError, match="no question to learn from"):
         leave_out(few, [everything])
     record = json.loads((world / "annotations/training_with_cot_6k.jsonl").read_text().split("\n")[0])
     del record["sample_id"]
     (tmp_path / "unnamed.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="needs a 'sample_id' in every training record; 1 have none"):
-        leave_out(load_samples(tmp_path / "unnamed.jsonl", world), [everything])
+        leave_out(load_questions(tmp_path / "unnamed.jsonl", world), [everything])
 
 
-@pytest.mark.parametrize("module, args, file", [(grpo_video, grpo_args, "training_6k"), (sft_video, sft_args, "training_with_cot_6k")])
+@pytest.mark.parametrize("module, args, file", [(grpo_video, grpo_args, "training_6k"),
+                                                (sft_video, sft_args, "training_with_cot_6k")])
 def test_the_trainers_leave_out_what_an_evaluation_answered(tmp_path, world, capsys, module, args, file):
     root = small_world(tmp_path / "data", world, keep=8)
-    questions = load_samples("annotations/training_6k.jsonl", root)
-    blind = write_answers(tmp_path / "blind.jsonl", questions, {s.sample_id for s in questions[:5]})
-    module.main(args(tmp_path / "run", data_root=str(root), leave_out=[blind], prompts_per_step=3, max_steps=0, num_epochs=1))
+    questions = load_questions("annotations/training_6k.jsonl", root)
+    blind = write_answers(tmp_path / "blind.jsonl", questions, {s.id for s in questions[:5]})
+    module.main(args(tmp_path / "run", data_root=str(root), leave_out=[blind], prompts_per_step=3, max_steps=0,
+                     num_epochs=1))
     assert f"annotations/{file}.jsonl: 3 questions" in capsys.readouterr().out
     assert len(metrics_of(tmp_path / "run")) == 1  # 3 questions, 3 a step
 
@@ -275,13 +303,15 @@ def test_the_trainers_leave_out_what_an_evaluation_answered(tmp_path, world, cap
 # Two evaluations side by side.
 
 def record(i, parsed, gold="A", clip=True, group="", file="annotations/validation_L1.jsonl"):
-    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4" if clip else "", "options": ["w", "x", "y", "z"], "gold": gold,
-            "parsed": parsed, "correct": parsed == gold, "truncated": False, "error": ""}
+    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4" if clip else "",
+            "options": ["w", "x", "y", "z"], "gold": gold, "parsed": parsed, "correct": parsed == gold,
+            "truncated": False, "error": ""}
 
 
 def test_comparison_counts_what_a_loop_counts():
     rng = random.Random(0)
-    answers = [(rng.choice("ABCD"), rng.choice(["A", "A", "B", None]), rng.choice(["A", "C", "D", None]), rng.random() < 0.8) for _ in range(200)]
+    answers = [(rng.choice("ABCD"), rng.choice(["A", "A", "B", None]), rng.choice(["A", "C", "D", None]),
+                rng.random() < 0.8) for _ in range(200)]
     a = [record(i, x, gold, clip) for i, (gold, x, _, clip) in enumerate(answers)]
     b = [record(i, y, gold, clip) for i, (gold, _, y, clip) in enumerate(answers)]
     rows = {row["part"]: row for row in evaluate.compare(a, b[::-1], "there")}
@@ -296,9 +326,10 @@ def test_comparison_counts_what_a_loop_counts():
                 neither += x != gold and y != gold
                 flips += x != y
         row, n = rows[part], both + only_a + only_b + neither
-        assert (row["both"], row["only_a"], row["only_b"], row["neither"], row["n"]) == (both, only_a, only_b, neither, n)
-        assert row["difference"] == pytest.approx((both + only_a) / n - (both + only_b) / n) and row["flip_rate"] == flips / n
-        assert row["missed"] == only_a + neither and row["accuracy_on_missed"] == only_a / (only_a + neither) and row["chance"] == 0.25
+        assert (row["both"], row["only_a"], row["only_b"], row["neither"]) == (both, only_a, only_b, neither)
+        assert row["n"] == n and row["flip_rate"] == flips / n and row["chance"] == 0.25
+        assert row["difference"] == pytest.approx((both + only_a) / n - (both + only_b) / n)
+        assert row["missed"] == only_a + neither and row["accuracy_on_missed"] == only_a / (only_a + neither)
         assert row["mcnemar_p"] == evaluate.mcnemar_p(only_a, only_b)
         assert row["difference_interval"][0] < row["difference"] < row["difference_interval"][1]
 
@@ -315,19 +346,21 @@ def test_paired_intervals_hold_the_true_difference_19_times_in_20(p):
 
 def test_paired_interval_by_hand():
     # 100 questions, 20 only a, 8 only b: (20 - 8) / 102 +- 1.96 sqrt(29 - 144 / 102) / 102
-    assert evaluate.paired_interval(20, 8, 100) == pytest.approx((12 / 102 - 1.959964 * 27.58824**0.5 / 102, 12 / 102 + 1.959964 * 27.58824**0.5 / 102), rel=1e-5)
+    middle, half = 12 / 102, 1.959964 * 27.58824**0.5 / 102
+    assert evaluate.paired_interval(20, 8, 100) == pytest.approx((middle - half, middle + half), rel=1e-5)
     assert evaluate.paired_interval(0, 0, 0) == (-1.0, 1.0) and evaluate.paired_interval(5, 0, 5)[1] <= 1
 
 
 def test_the_run_with_its_clips_comes_first_in_either_order(tmp_path, world, capsys):
-    few = dict(max_samples=22, eval_files=["annotations/validation_L1.jsonl"])
+    few = dict(max_questions=22, eval_files=["annotations/validation_L1.jsonl"])
     evaluate.main(eval_args(tmp_path / "full", **few))
     evaluate.main(eval_args(tmp_path / "blind", video="text_only", compare=str(tmp_path / "full"), **few))
     evaluate.main(eval_args(tmp_path / "full2", compare=str(tmp_path / "blind"), **few))
     compared = [json.loads((tmp_path / name / "results.json").read_text())["compared"] for name in ("blind", "full2")]
     assert compared[0]["rows"] == compared[1]["rows"] and compared[0]["rows"][0]["n"] == 22
     assert [(c["a"]["video"], c["b"]["video"]) for c in compared] == [("full", "text_only")] * 2
-    assert compared[0]["a"]["output_dir"] == str(tmp_path / "full") and compared[0]["b"]["output_dir"] == str(tmp_path / "blind")
+    assert compared[0]["a"]["output_dir"] == str(tmp_path / "full")
+    assert compared[0]["b"]["output_dir"] == str(tmp_path / "blind")
     printed = capsys.readouterr().out
     assert printed.count("--video full\nb: ") == 2 and printed.count("multi-modal gain") == 2
     for damage, match in ((lambda folder: (folder / "args.json").write_text('{"grader": "strict"}'), "earlier version"),

@@ -22,9 +22,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 import data
-from data import Frames, Sample
+from data import PixelSettings, Question
 
-SMALL = Frames(num_frames=8, image_size=56)
+SMALL, PAPERS = PixelSettings(num_frames=8, image_size=56), PixelSettings()
 STEPS = [{"narration_text": "open drawer", "start_frame": 0, "stop_frame": 9}]
 EGOPLAN = {"sample_id": 7, "video_source": "Ego4D", "video_id": "v", "task_goal": "cut the onion",
            "question": "What next?", "task_progress_metadata": STEPS, "current_observation_frame": 3,
@@ -96,15 +96,15 @@ def tokenizer():
 def load(root, *records, text=None):
     path = root / "annotations" / "x.jsonl"
     path.write_bytes(text if text is not None else "\n".join(map(json.dumps, records)).encode())
-    return data.load_samples(path, root)
+    return data.load_questions(path, root)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Records.
 
 def test_training_shape(root):
-    (sample,) = load(root, TRAINING)
-    assert sample == Sample(
+    (question,) = load(root, TRAINING)
+    assert question == Question(
         "7", "What next?", (root / "videos/Ego4D/clip.mp4").resolve(), (root / "images/Ego4D/now.png").resolve(),
         answer="grab onion", negatives=NEGATIVES, goal="cut the onion", progress=("open drawer",))
 
@@ -116,16 +116,17 @@ def test_validation_shape_is_told_by_its_fields_though_it_has_an_answer_too(root
 
 
 def test_long_video_bench_shape(root):
-    (sample,) = load(root, LONG_VIDEO)
-    assert sample == Sample("x_0", "Who is it?", (root / "videos/long.mp4").resolve(), None,
+    (question,) = load(root, LONG_VIDEO)
+    assert question == Question("x_0", "Who is it?", (root / "videos/long.mp4").resolve(), None,
                             options=("a man", "a dog", "a cat"), gold="B", group="600")
 
 
 @pytest.mark.parametrize("extra", [{}, TRAINING])  # also where the SFT file repeats the fields of the training file
 def test_sft_shape(root, extra):
-    (sample,) = load(root, {**extra, **SFT})
-    assert sample == Sample("7" if extra else "1", "What next?\nA. x\nB. y", (root / "videos/Ego4D/clip.mp4").resolve(),
-                            (root / "images/Ego4D/now.png").resolve(), response=SFT["response"], has_id=bool(extra))
+    (question,) = load(root, {**extra, **SFT})
+    assert question == Question("7" if extra else "1", "What next?\nA. x\nB. y",
+                                (root / "videos/Ego4D/clip.mp4").resolve(), (root / "images/Ego4D/now.png").resolve(),
+                                response=SFT["response"], has_id=bool(extra))
 
 
 def test_sft_prompt_variants(root):
@@ -139,11 +140,11 @@ def test_sft_prompt_variants(root):
     video = {"type": "video", "video": "videos/v.mp4"}
     prompts = [user(image, text), user(video, text), user(video, image, text), system + user(image, text),
                system_list + user(image, text)]
-    samples = load(root, *({"prompt": prompt, "response": "r", "sample_id": i} for i, prompt in enumerate(prompts)))
-    assert [sample.question for sample in samples] == [" hi\n"] * 5  # verbatim
-    assert [sample.image is not None for sample in samples] == [True, False, True, True, True]
-    assert [sample.video is not None for sample in samples] == [False, True, True, False, False]
-    assert [sample.sample_id for sample in samples] == list("01234")
+    questions = load(root, *({"prompt": prompt, "response": "r", "sample_id": i} for i, prompt in enumerate(prompts)))
+    assert [question.text for question in questions] == [" hi\n"] * 5  # verbatim
+    assert [question.image is not None for question in questions] == [True, False, True, True, True]
+    assert [question.video is not None for question in questions] == [False, True, True, False, False]
+    assert [question.id for question in questions] == list("01234")
 
     for prompt in (
         [], user([]), user(None), user(7), user([7]), user([image]), user(text, image), user(text, text),
@@ -158,14 +159,14 @@ def test_sft_prompt_variants(root):
 
 def test_no_progress_means_no_video(root):
     for name in ("clip.mp4", "", None):
-        (sample,) = load(root, {**TRAINING, "task_progress_metadata": [], "video_basename": name})
-        assert sample.video is None and sample.progress == () and sample.image is not None
+        (question,) = load(root, {**TRAINING, "task_progress_metadata": [], "video_basename": name})
+        assert question.video is None and question.progress == () and question.image is not None
 
 
 def test_list_lines_blank_lines_bom_and_unusual_separators(root):
     a, b = TRAINING, {**TRAINING, "sample_id": 8, "question": "one\u2028two"}
     want = load(root, a, b)
-    assert len(want) == 2 and want[1].question == "one\u2028two"
+    assert len(want) == 2 and want[1].text == "one\u2028two"
     assert load(root, text=json.dumps([a, b]).encode()) == want
     assert load(root, text=json.dumps([a, b], indent=1).encode()) == want
     jsonl = json.dumps(a) + "\r\n\r\n  \n" + json.dumps(b, ensure_ascii=False) + "\n\n"
@@ -174,18 +175,19 @@ def test_list_lines_blank_lines_bom_and_unusual_separators(root):
 
 def test_relative_path_is_below_the_data_root(root):
     load(root, TRAINING)
-    assert data.load_samples("annotations/x.jsonl", root) == data.load_samples(root / "annotations/x.jsonl", str(root))
+    questions = data.load_questions("annotations/x.jsonl", root)
+    assert questions == data.load_questions(root / "annotations/x.jsonl", str(root))
     with pytest.raises(ValueError, match="nowhere.jsonl"):
-        data.load_samples("annotations/nowhere.jsonl", root)
+        data.load_questions("annotations/nowhere.jsonl", root)
 
 
 def test_options_take_one_line(root):
-    (sample,) = load(root, {**TRAINING, "answer": " grab\n onion ", "negative_answers": ["x\nB. y"]})
-    assert sample.answer == "grab onion" and sample.negatives == ("x B. y",)
-    (sample,) = load(root, {**VALIDATION, "choice_a": "x\nB. y"})
-    assert sample.options[0] == "x B. y"
-    (sample,) = load(root, {**LONG_VIDEO, "candidates": ["x\nB. y", "z "]})
-    assert sample.options == ("x B. y", "z")
+    (question,) = load(root, {**TRAINING, "answer": " grab\n onion ", "negative_answers": ["x\nB. y"]})
+    assert question.answer == "grab onion" and question.negatives == ("x B. y",)
+    (question,) = load(root, {**VALIDATION, "choice_a": "x\nB. y"})
+    assert question.options[0] == "x B. y"
+    (question,) = load(root, {**LONG_VIDEO, "candidates": ["x\nB. y", "z "]})
+    assert question.options == ("x B. y", "z")
 
 
 REMOVED = object()
@@ -245,9 +247,11 @@ def test_bad_field_is_named_with_place_value_and_fix(root, shape, field, value, 
 @pytest.mark.parametrize("text, says", [
     (b"", "no records"), (b"\n \n", "no records"), (b"[]", "no records"), (b"\xff\xfe", "UTF-8"),
     (b"7", "line 1: the record is 7"),
-    (b'[{"a": 1}, 3]', "record 1: field"), (b"[3]", "record 1: the record is 3"), (b'{"a": 1', "line 1: is not JSON"),
+    (b'[{"a": 1}, 3]', "record 1: the record has the keys ['a']"), (b"[3]", "record 1: the record is 3"),
+    (b'{"a": 1', "line 1: is not JSON"),
     (json.dumps(TRAINING).encode() + b"\n{'a': 1}", "line 2: is not JSON"), (b"[" * 100000, "is not JSON"),
-    (json.dumps([TRAINING]).encode()[:-3], "is not JSON"), (b"null", "the record is None"), (b"{}", "missing"),
+    (json.dumps([TRAINING]).encode()[:-3], "is not JSON"), (b"null", "the record is None"),
+    (b"{}", "SFT (prompt, response)"),
     (json.dumps(TRAINING).encode() + b"\n" + json.dumps({**TRAINING, "sample_id": "7"}).encode(), "line 2: the id '7'"),
 ])
 def test_bad_file(root, text, says):
@@ -293,31 +297,31 @@ def test_names_that_cannot_be_resolved_are_no_crash(root):
     circle.symlink_to(circle)
     for name in ("circle.mp4", "x" * 5000):
         try:  # Python versions differ in whether these resolve
-            (sample,) = load(root, {**LONG_VIDEO, "video_path": name})
+            (question,) = load(root, {**LONG_VIDEO, "video_path": name})
         except ValueError as error:
             assert "line 1: field 'video_path'" in str(error)
         else:
-            assert sample.video.is_relative_to(root.resolve())
+            assert question.video.is_relative_to(root.resolve())
 
 
 def test_links_inside_the_data_root_are_followed(root):
     link = root / "videos/Ego4D/link.mp4"
     link.unlink(missing_ok=True)
     link.symlink_to(root / "videos/Ego4D/clip.mp4")
-    (sample,) = load(root, {**TRAINING, "video_basename": "link.mp4"})
-    assert sample.video == (root / "videos/Ego4D/clip.mp4").resolve()
+    (question,) = load(root, {**TRAINING, "video_basename": "link.mp4"})
+    assert question.video == (root / "videos/Ego4D/clip.mp4").resolve()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options.
 
-def training_sample(sample_id="7", answer="grab onion", negatives=NEGATIVES):
-    return Sample(sample_id, "q", None, None, answer=answer, negatives=tuple(negatives))
+def training_question(sample_id="7", answer="grab onion", negatives=NEGATIVES):
+    return Question(sample_id, "q", None, None, answer=answer, negatives=tuple(negatives))
 
 
 def test_options_are_the_same_in_every_process():
     """Written down once: `hash` or the order of a set would change from process to process."""
-    assert [data.build_options(training_sample(str(i)), seed=3, epoch=1) for i in range(3)] == [
+    assert [data.build_options(training_question(str(i)), seed=3, epoch=1) for i in range(3)] == [
         (("open drawer", "close door", "wash hands", "grab onion"), "D"),
         (("close door", "grab onion", "open drawer", "wash hands"), "B"),
         (("grab knife", "open drawer", "wash hands", "grab onion"), "D"),
@@ -326,8 +330,8 @@ def test_options_are_the_same_in_every_process():
 
 def test_options_depend_on_seed_epoch_and_id_alone():
     keys = list(itertools.product(range(3), range(3), "abc"))
-    forward = {key: data.build_options(training_sample(key[2]), key[0], key[1]) for key in keys}
-    backward = {key: data.build_options(training_sample(key[2]), key[0], key[1]) for key in reversed(keys)}
+    forward = {key: data.build_options(training_question(key[2]), key[0], key[1]) for key in keys}
+    backward = {key: data.build_options(training_question(key[2]), key[0], key[1]) for key in reversed(keys)}
     assert forward == backward
     for axis in range(3):  # each of the three matters: with the other two fixed, the options vary
         assert len({forward[key] for key in keys if all(key[i] == keys[0][i] for i in range(3) if i != axis)}) > 1
@@ -337,7 +341,7 @@ def test_options_are_distributed_evenly():
     negatives = [f"n{i}" for i in range(6)]
     gold, drawn = Counter(), Counter()
     for i in range(2000):
-        options, letter = data.build_options(training_sample(str(i), "yes", negatives), seed=0, epoch=0)
+        options, letter = data.build_options(training_question(str(i), "yes", negatives), seed=0, epoch=0)
         assert len(options) == len(set(options)) == 4 and options["ABCD".index(letter)] == "yes"
         gold[letter] += 1
         drawn.update((position, option) for position, option in enumerate(options) if option != "yes")
@@ -350,15 +354,15 @@ def test_options_are_distributed_evenly():
     (["yes", "a", "b", "c"], {"yes", "a", "b", "c"})])
 def test_few_or_repeated_negatives(negatives, want):
     for epoch in range(20):
-        options, letter = data.build_options(training_sample(negatives=negatives, answer="yes"), 0, epoch)
+        options, letter = data.build_options(training_question(negatives=negatives, answer="yes"), 0, epoch)
         assert set(options) == want and len(options) == len(want) and options["ABCD".index(letter)] == "yes"
 
 
 def test_fixed_options_are_never_shuffled_and_sft_has_none():
-    fixed = Sample("1", "q", None, None, options=("d", "c", "b", "a"), gold="C")
+    fixed = Question("1", "q", None, None, options=("d", "c", "b", "a"), gold="C")
     drawn = {data.build_options(fixed, seed, epoch) for seed in range(5) for epoch in range(5)}
     assert drawn == {(("d", "c", "b", "a"), "C")}
-    assert data.build_options(Sample("1", "q", None, None, response="r"), 0, 0) == ((), "")
+    assert data.build_options(Question("1", "q", None, None, response="r"), 0, 0) == ((), "")
 
 
 def test_user_text():
@@ -372,12 +376,11 @@ def test_user_text():
 # Pixels.
 
 @pytest.mark.parametrize("num_total, fps, frames, want_count", [
-    (1, 30, Frames(), 4), (2, 30, Frames(), 4), (3, 30, Frames(), 4), (30, 30, Frames(), 4), (60, 30, Frames(), 4),
-    (89, 30, Frames(), 4), (90, 30, Frames(), 6), (237, 30, Frames(), 14), (239, 30, Frames(), 14),
-    (240, 30, Frames(), 16),
-    (30000, 29.97, Frames(), 16), (64, 8, SMALL, 8), (16, 8, SMALL, 4), (24, 8, SMALL, 6),
-    (500, 25, Frames(num_frames=32), 32),
-    (100, 25, Frames(fps=1.0), 4), (100, 25, Frames(min_frames=2, num_frames=2), 2)])
+    (1, 30, PAPERS, 4), (2, 30, PAPERS, 4), (3, 30, PAPERS, 4), (30, 30, PAPERS, 4), (60, 30, PAPERS, 4),
+    (89, 30, PAPERS, 4), (90, 30, PAPERS, 6), (237, 30, PAPERS, 14), (239, 30, PAPERS, 14), (240, 30, PAPERS, 16),
+    (30000, 29.97, PAPERS, 16), (64, 8, SMALL, 8), (16, 8, SMALL, 4), (24, 8, SMALL, 6),
+    (500, 25, PixelSettings(num_frames=32), 32),
+    (100, 25, PixelSettings(fps=1.0), 4), (100, 25, PixelSettings(min_frames=2, num_frames=2), 2)])
 def test_frame_indices(num_total, fps, frames, want_count):
     indices = data.frame_indices(num_total, fps, frames)
     assert indices.dtype == np.int64 and len(indices) == want_count and want_count % 2 == 0
@@ -389,7 +392,7 @@ def test_frame_indices(num_total, fps, frames, want_count):
 @pytest.mark.parametrize("num_total, fps", [(0, 30), (10, 0), (10, -1), (10, float("nan")), (10, float("inf"))])
 def test_frame_indices_refuses(num_total, fps):
     with pytest.raises(ValueError, match="above 0"):
-        data.frame_indices(num_total, fps, Frames())
+        data.frame_indices(num_total, fps, PixelSettings())
 
 
 @pytest.mark.parametrize("field, value", [
@@ -398,7 +401,7 @@ def test_frame_indices_refuses(num_total, fps):
     ("image_size", 0), ("timeout_s", 0), ("timeout_s", float("inf"))])
 def test_frames_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field} is"):
-        Frames(**{field: value})
+        PixelSettings(**{field: value})
 
 
 @pytest.mark.parametrize("num_frames, fps, size, want_count", [
@@ -525,9 +528,9 @@ def test_decoding_leaves_nothing_behind(broken, children):
 def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
     path, cache = tmp_path / "clip.mp4", tmp_path / "cache"
     shutil.copy(broken / "good.mp4", path)
-    frames = Frames(image_size=28, num_frames=4, cache=str(cache))
-    decoded = []
-    monkeypatch.setattr(data, "read_video", lambda path, frames, read=data.read_video: decoded.append(path) or read(path, frames))
+    frames = PixelSettings(image_size=28, num_frames=4, cache=str(cache))
+    decoded, read = [], data.read_video
+    monkeypatch.setattr(data, "read_video", lambda path, frames: decoded.append(path) or read(path, frames))
     first, again = (data.cached_video(path, frames) for _ in range(2))
     assert len(decoded) == 1 and first.dtype == again.dtype == np.uint8
     assert np.array_equal(first, again) and np.array_equal(first, data.read_video(path, frames))
@@ -545,7 +548,7 @@ def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY"])
 def test_damaged_cache_files_are_made_again(broken, tmp_path, damage):
-    frames = Frames(image_size=28, num_frames=4, cache=str(tmp_path))
+    frames = PixelSettings(image_size=28, num_frames=4, cache=str(tmp_path))
     first = data.cached_video(broken / "good.mp4", frames)
     cached, = tmp_path.iterdir()
     cached.write_bytes(damage)
@@ -554,7 +557,7 @@ def test_damaged_cache_files_are_made_again(broken, tmp_path, damage):
 
 
 def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
-    frames = Frames(image_size=28, num_frames=4, cache=str(tmp_path))
+    frames = PixelSettings(image_size=28, num_frames=4, cache=str(tmp_path))
 
     def full_disk(file, pixels):
         file.write(b"half")
@@ -567,7 +570,7 @@ def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
 
 
 def test_unreadable_clips_are_not_cached(broken, tmp_path):
-    frames = Frames(cache=str(tmp_path / "cache"))
+    frames = PixelSettings(cache=str(tmp_path / "cache"))
     for path in (broken / "truncated.mp4", tmp_path / "missing.mp4"):
         for _ in range(2):
             with pytest.raises(ValueError, match=path.name):
@@ -806,7 +809,8 @@ def test_first_letter_is_the_published_grading(completion, want):
 # Order.
 
 def test_every_epoch_sees_every_sample_once():
-    stream = [pair for step in range(21) for pair in data.step_batch(step, prompts_per_step=4, num_samples=12, seed=5)]
+    stream = [pair for step in range(21)
+              for pair in data.step_batch(step, prompts_per_step=4, num_questions=12, seed=5)]
     assert len(stream) == 84
     for epoch in range(7):
         part = stream[12 * epoch : 12 * epoch + 12]
@@ -815,10 +819,10 @@ def test_every_epoch_sees_every_sample_once():
 
 
 def test_epochs_run_into_each_other_and_nothing_is_dropped():
-    stream = [pair for step in range(14) for pair in data.step_batch(step, prompts_per_step=5, num_samples=7, seed=0)]
+    stream = [pair for step in range(14) for pair in data.step_batch(step, prompts_per_step=5, num_questions=7, seed=0)]
     assert Counter(stream) == Counter(itertools.product(range(10), range(7)))
     assert any(len({epoch for epoch, _ in data.step_batch(step, 5, 7, 0)}) == 2 for step in range(14))
-    assert len(data.step_batch(0, prompts_per_step=20, num_samples=7, seed=0)) == 20  # more prompts than samples
+    assert len(data.step_batch(0, prompts_per_step=20, num_questions=7, seed=0)) == 20  # more prompts than questions
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 11])
@@ -842,8 +846,8 @@ def test_the_step_number_alone_resumes():
 # Dataset and loader.
 
 def test_examples_of_all_shapes(root, tokenizer):
-    samples = [load(root, record)[0] for record in SHAPES.values()]
-    dataset = data.VideoDataset(samples, tokenizer, SMALL, seed=0)
+    questions = [load(root, record)[0] for record in SHAPES.values()]
+    dataset = data.VideoDataset(questions, tokenizer, SMALL, seed=0)
     assert len(dataset) == 4
     training, validation, long_video, sft = (dataset[0, i] for i in range(4))
     video, video_grid = data.patchify(data.read_video(root / "videos/Ego4D/clip.mp4", SMALL))
@@ -858,27 +862,27 @@ def test_examples_of_all_shapes(root, tokenizer):
         assert torch.equal(example.position_ids, positions_of(tokenizer, ids, (4, 4, 4), (1, 4, 4)))
     assert long_video.pixel_values is None and long_video.image_grid_thw is None
     assert torch.equal(long_video.pixel_values_videos, video)
-    assert (training.options, training.gold) == data.build_options(samples[0], 0, 0)
+    assert (training.options, training.gold) == data.build_options(questions[0], 0, 0)
     assert training.prompt_text == data.user_text("What next?", training.options)
     assert (validation.gold, long_video.gold, sft.gold) == ("C", "B", "")
-    assert sft.options == () and sft.prompt_text == samples[3].question
+    assert sft.options == () and sft.prompt_text == questions[3].text
     epochs = [dataset[epoch, 0].options for epoch in range(6)]
-    assert epochs == [data.build_options(samples[0], 0, epoch)[0] for epoch in range(6)] and len(set(epochs)) > 1
+    assert epochs == [data.build_options(questions[0], 0, epoch)[0] for epoch in range(6)] and len(set(epochs)) > 1
 
 
 def test_image_only_examples(root, tokenizer):
-    (sample,) = load(root, {**TRAINING, "task_progress_metadata": []})
-    image = data.VideoDataset([sample], tokenizer, SMALL, seed=0)[0, 0]
+    (question,) = load(root, {**TRAINING, "task_progress_metadata": []})
+    image = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
     assert image.pixel_values_videos is None and image.video_grid_thw is None and image.pixel_values.shape == (16, 1176)
     assert image.position_ids.shape == (3, len(image.prompt_ids)) and not image.error
 
 
 @pytest.mark.parametrize("field", ["video_basename", "current_observation_basename"])
 def test_unreadable_pixels_become_an_error_and_nothing_else(root, tokenizer, field):
-    (sample,) = load(root, {**TRAINING, field: "gone.mp4"})
-    example = data.VideoDataset([sample], tokenizer, SMALL, seed=0)[0, 0]
-    assert "gone.mp4" in example.error and example.sample is sample
-    assert (example.options, example.gold) == data.build_options(sample, 0, 0)
+    (question,) = load(root, {**TRAINING, field: "gone.mp4"})
+    example = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
+    assert "gone.mp4" in example.error and example.question is question
+    assert (example.options, example.gold) == data.build_options(question, 0, 0)
     assert example.prompt_ids.shape == (0,) and example.prompt_ids.dtype == torch.int64
     assert example.position_ids.shape == (3, 0) and example.pixel_values_videos is None and example.pixel_values is None
     assert example.video_grid_thw is None and example.image_grid_thw is None
@@ -887,8 +891,8 @@ def test_unreadable_pixels_become_an_error_and_nothing_else(root, tokenizer, fie
 @pytest.fixture
 def dataset(root, tokenizer):
     names = ["clip.mp4", "clip.mp4", "gone.mp4", "clip.mp4", "clip.mp4"]
-    samples = load(root, *({**TRAINING, "sample_id": i, "video_basename": name} for i, name in enumerate(names)))
-    return data.VideoDataset(samples, tokenizer, SMALL, seed=0)
+    questions = load(root, *({**TRAINING, "sample_id": i, "video_basename": name} for i, name in enumerate(names)))
+    return data.VideoDataset(questions, tokenizer, SMALL, seed=0)
 
 
 def test_loader_keeps_the_order_with_and_without_workers(dataset):
@@ -898,8 +902,8 @@ def test_loader_keeps_the_order_with_and_without_workers(dataset):
     assert [len(batch) for batch in inline] == [len(batch) for batch in ahead] == [2] * 6 + [0]
     for pairs, one, two in zip(batches, inline, ahead):
         for (epoch, index), a, b in zip(pairs, one, two):
-            assert a.sample == b.sample == dataset.samples[index] and a.error == b.error
-            assert a.options == b.options == data.build_options(a.sample, 0, epoch)[0]
+            assert a.question == b.question == dataset.questions[index] and a.error == b.error
+            assert a.options == b.options == data.build_options(a.question, 0, epoch)[0]
             assert torch.equal(a.prompt_ids, b.prompt_ids) and torch.equal(a.position_ids, b.position_ids)
             if index == 2:
                 assert "gone.mp4" in a.error and a.pixel_values_videos is b.pixel_values_videos is None
@@ -939,7 +943,7 @@ def test_tensors_from_workers_hold_no_file_descriptors(dataset):
 
 def test_a_hung_clip_does_not_stop_the_loader(root, tokenizer, broken):
     good, hung = load(root, TRAINING, {**TRAINING, "sample_id": 8})
-    samples = [good, replace(hung, video=broken / "fifo.mp4")]
-    dataset = data.VideoDataset(samples, tokenizer, replace(SMALL, timeout_s=0.5), seed=0)
+    questions = [good, replace(hung, video=broken / "fifo.mp4")]
+    dataset = data.VideoDataset(questions, tokenizer, replace(SMALL, timeout_s=0.5), seed=0)
     (batch,) = data.make_loader(dataset, [[(0, 1), (0, 0)]], num_workers=1)
     assert "longer than 0.5 s" in batch[0].error and batch[1].error == ""

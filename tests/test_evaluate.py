@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-import results as results_script
 
 import evaluate
+import results as results_script
 import toy
 from evaluate import compare, mcnemar_p, print_table, summarise, wilson_interval
 
@@ -35,14 +35,14 @@ def test_mcnemar_equals_counting_all_coin_flips(only_ours, only_theirs):
 
 
 def record(i, parsed, gold="A", group="", file="annotations/validation_L1.jsonl", error=""):
-    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4", "options": ["w", "x", "y", "z"], "gold": gold, "parsed": parsed, "correct": parsed == gold,
-            "truncated": False, "error": error}
+    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4", "options": ["w", "x", "y", "z"],
+            "gold": gold, "parsed": parsed, "correct": parsed == gold, "truncated": False, "error": error}
 
 
 def test_summary_counts_everything_that_was_asked():
     records = [record(0, "A"), record(1, "B"), record(2, None), record(3, None, error="unreadable")]
     row, = summarise(records)
-    assert (row["n"], row["correct"], row["parse_rate"], row["bad_samples"]) == (4, 1, 0.5, 1)
+    assert (row["n"], row["correct"], row["parse_rate"], row["unreadable"]) == (4, 1, 0.5, 1)
     assert row["published"] is None  # four samples are not the published split
 
 
@@ -80,11 +80,15 @@ def test_first_letter_grader_is_there_for_parity():
 
 
 def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
-    row = {"file": "annotations/validation_L1.jsonl", "part": "with a clip", "n": 10, "accuracy": 0.3, "wilson_low": 0.1, "wilson_high": 0.6}
-    answer = {**record(0, "A"), "goal": "Make tea", "progress": [toy.RECIPES["make tea"][0]],
-              "response": f"<think>I see {toy.RECIPES['make tea'][0]}, cut pot. Next is w (A).</think><answer>B</answer>"}
-    for folder, accuracy, video in (("base/full", 0.3, "full"), ("grpo_seed0/full", 0.8, "full"), ("grpo_seed1/full", 0.9, "full"),
-                                    ("grpo_seed1/random", 0.2, "random"), ("grpo_seed0.old1/full", 0.1, "full"), ("grpo_seed0/full.old1", 0.1, "full")):
+    row = {"file": "annotations/validation_L1.jsonl", "part": "with a clip", "n": 10, "accuracy": 0.3,
+           "wilson_low": 0.1, "wilson_high": 0.6}
+    step = toy.RECIPES["make tea"][0]
+    answer = {**record(0, "A"), "goal": "Make tea", "progress": [step],
+              "response": f"<think>I see {step}, cut pot. Next is w (A).</think><answer>B</answer>"}
+    runs = (("base/full", 0.3, "full"), ("grpo_seed0/full", 0.8, "full"), ("grpo_seed1/full", 0.9, "full"),
+            ("grpo_seed1/random", 0.2, "random"), ("grpo_seed0.old1/full", 0.1, "full"),
+            ("grpo_seed0/full.old1", 0.1, "full"))
+    for folder, accuracy, video in runs:
         (tmp_path / folder).mkdir(parents=True)
         whole = {**row, "part": "", "accuracy": 0.0}  # with the questions that have no clip: not what is compared
         results = {"rows": [whole, {**row, "accuracy": accuracy}], "settings": {"video": video}}
@@ -93,7 +97,8 @@ def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
         (tmp_path / folder).parent.joinpath("metrics.jsonl").write_text(json.dumps({"step": 0, "accuracy": 0.5}) + "\n")
     results_script.main(tmp_path, tmp_path / "picture.png")
     printed = capsys.readouterr().out
-    assert "| grpo, `full`, 2 runs | 85.0 (10 to 60) |" in printed and "| grpo, `random`, 1 run | 20.0 (10 to 60) |" in printed
+    assert "| grpo, `full`, 2 runs | 85.0 (10 to 60) |" in printed
+    assert "| grpo, `random`, 1 run | 20.0 (10 to 60) |" in printed
     assert "| base, L1 | 50 (2) | 0 (1) | 0 (1) | 100 (1) | 0 (1) |" in printed  # step, count, next, option, answer
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no RUN/EVALUATION"):

@@ -53,7 +53,8 @@ def test_token_loss_equals_a_loop(seed, kl_coef):
         ratio = p / p_old
         bounded = max(0.8, min(1.3, ratio))
         expected_kl = p_ref / p - math.log(p_ref / p) - 1
-        assert loss[i, t].item() == pytest.approx(-min(ratio * A, bounded * A) + kl_coef * expected_kl, rel=1e-10, abs=1e-12)
+        expected = -min(ratio * A, bounded * A) + kl_coef * expected_kl
+        assert loss[i, t].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
         assert kl[i, t].item() == pytest.approx(expected_kl, rel=1e-9, abs=1e-12)
         assert clipped[i, t].item() == (bounded * A < ratio * A)
     assert clipped.any() and not clipped.all()
@@ -67,9 +68,12 @@ def test_without_reference_the_loss_has_no_kl():
 
 
 @pytest.mark.parametrize("advantage, log_ratio, gradient_flows", [
-    (+1.0, +0.5, False), (+1.0, -0.5, True),   # a good token already made likelier is left alone; one made rarer is pulled up
-    (-1.0, +0.5, True), (-1.0, -0.5, False),   # a bad token made likelier is pushed down; one already made rarer is left alone
-    (+1.0, +0.1, True), (+1.0, -0.1, True), (-1.0, +0.1, True), (-1.0, -0.1, True)])  # inside the clip all flows
+    # A good token already made likelier is left alone; one made rarer is pulled up.
+    (+1.0, +0.5, False), (+1.0, -0.5, True),
+    # A bad token made likelier is pushed down; one already made rarer is left alone.
+    (-1.0, +0.5, True), (-1.0, -0.5, False),
+    # Inside the clip all flows.
+    (+1.0, +0.1, True), (+1.0, -0.1, True), (-1.0, +0.1, True), (-1.0, -0.1, True)])
 def test_the_clip_cuts_the_gradient_only_where_it_should(advantage, log_ratio, gradient_flows):
     logps = torch.tensor([[-1.0 + log_ratio]], requires_grad=True)
     loss, _, clipped = grpo_token_loss(logps, torch.tensor([[-1.0]]), None, torch.tensor([advantage]), 0.2, 0.2, 0.0)
@@ -80,10 +84,12 @@ def test_the_clip_cuts_the_gradient_only_where_it_should(advantage, log_ratio, g
 
 
 def test_clip_low_and_clip_high_are_not_mixed_up():
-    for advantage, log_ratio, clip_low, clip_high, flows in [(1.0, 0.25, 0.1, 0.3, True), (1.0, 0.25, 0.3, 0.1, False),
-                                                             (-1.0, -0.2, 0.3, 0.1, True), (-1.0, -0.2, 0.1, 0.3, False)]:
+    cases = [(1.0, 0.25, 0.1, 0.3, True), (1.0, 0.25, 0.3, 0.1, False),
+             (-1.0, -0.2, 0.3, 0.1, True), (-1.0, -0.2, 0.1, 0.3, False)]
+    for advantage, log_ratio, clip_low, clip_high, flows in cases:
         logps = torch.tensor([[log_ratio]], requires_grad=True)
-        grpo_token_loss(logps, torch.zeros(1, 1), None, torch.tensor([advantage]), clip_low, clip_high, 0.0)[0].sum().backward()
+        loss, *_ = grpo_token_loss(logps, torch.zeros(1, 1), None, torch.tensor([advantage]), clip_low, clip_high, 0.0)
+        loss.sum().backward()
         assert bool(logps.grad) == flows
 
 
@@ -121,8 +127,8 @@ def test_the_enumerated_sequences_are_all_there_are():
 
 
 def test_expected_gradient_of_the_estimator_is_the_policy_gradient():
-    # Exactly, over all 7^2 groups of G = 2: E[gradient of the loss] = -(G - 1) / G * gradient of E[r]. The factor is there
-    # because the group's mean contains the sample itself.
+    # Exactly, over all 7^2 groups of G = 2: E[gradient of the loss] = -(G - 1) / G * gradient of E[r]. The factor is
+    # there because the group's mean contains the sample itself.
     G, rewards = 2, torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     theta = random_theta(1).requires_grad_()
     logps, mask = sequence_logps(theta)
@@ -198,7 +204,8 @@ def test_rows_left_out_weigh_nothing():
 
 
 def test_mask_has_the_end_token_and_nothing_after_it():
-    assert mask_from_lengths(torch.tensor([1, 3]), 4).tolist() == [[True, False, False, False], [True, True, True, False]]
+    mask = mask_from_lengths(torch.tensor([1, 3]), 4)
+    assert mask.tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,10 +215,11 @@ def test_mask_has_the_end_token_and_nothing_after_it():
     ("<think>a</think><answer>B</answer>", True), (" <think>a\nb</think>\n<answer>B</answer>\n", True),
     ("<think></think><answer></answer>", True), ("<answer>B</answer><think>a</think>", False),
     ("<think>a</think><answer>B</answer> more", False), ("before <think>a</think><answer>B</answer>", False),
-    ("<think>a<think>b</think><answer>B</answer>", False), ("<think>a</think><answer>B</answer><answer>C</answer>", False),
+    ("<think>a<think>b</think><answer>B</answer>", False),
+    ("<think>a</think><answer>B</answer><answer>C</answer>", False),
     ("<think>a</think><answer>B", False), ("B", False), ("", False)])
 def test_format_reward(text, good):
-    assert format_reward(text) == float(good)
+    assert format_reward(text, None) == float(good)
 
 
 @pytest.mark.parametrize("wrong", [dict(group_size=1), dict(temperature=0.0), dict(kl_coef=-0.1), dict(clip_low=1.5),

@@ -1,4 +1,4 @@
-"""Qwen2-VL under our hands against Hugging Face's own forward, generate and save: log-probs, sampling, weights, files."""
+"""Qwen2-VL under our hands against Hugging Face's forward, generate and save: log-probs, sampling, weights, files."""
 import copy
 import dataclasses
 import math
@@ -7,16 +7,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import same_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
 import model as model_module
 import toy
-from grpo_video import TOY, Args, Decoder, completion_text, generate, sample_groups
-from model import (COUNTS, Policy, SharedPrompts, blank_batch, collate_prompts, mask_from_lengths, copy_weights, end_token_ids, export, load_actor,
-                   load_policy, make_actor, token_logps, vision_token_ids)
+from conftest import same_gradients
+from grpo_video import TOY, Args, sample_groups
+from model import (
+    Policy,
+    SharedPrompts,
+    collate_prompts,
+    end_token_ids,
+    mask_from_lengths,
+    token_logps,
+    vision_token_ids,
+)
+from runtime import copy_weights, export, load_policy, load_sampler, make_sampler
+from sampler import CapturedCache, GroupCache, completion_text, generate
 
 
 def load_args(**changes):
@@ -25,18 +34,20 @@ def load_args(**changes):
 
 @pytest.fixture(scope="module")
 def qwen(device):
-    return load_actor(load_args(), device)
+    return load_sampler(load_args(), device)
 
 
 @pytest.fixture(scope="module")
 def qwen64(device):
-    return load_actor(load_args(dtype="float64"), device)
+    return load_sampler(load_args(dtype="float64"), device)
 
 
 def sample(qwen, tokenizer, examples, G=4, C=24, temperature=1.0, seeds=None):
     prompts = collate_prompts(examples, qwen.device)
     seeds = (seeds or range(len(examples))) if temperature else None
-    return prompts, *generate(qwen, prompts, G, C, temperature, seeds, end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device))
+    ends, banned = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device)
+    completions = generate(qwen, prompts, G, C, temperature, seeds, ends, banned)
+    return prompts, completions.ids, completions.lengths, completions.logps
 
 
 def teacher_forced(qwen, prompts, ids, lengths, G, temperature=1.0):
@@ -78,7 +89,8 @@ def test_logps_equal_hugging_face_full_logits(qwen64, tokenizer, ragged):
     ours, entropy = teacher_forced(qwen64, prompts, ids, lengths, G=2)
     for n in range(len(ids)):
         example, P, L = ragged[n // 2], len(ragged[n // 2].prompt_ids), lengths[n].item()
-        position_ids = torch.cat([example.position_ids, (prompts.next_position[n // 2] + torch.arange(L)).expand(3, -1)], 1)
+        after = prompts.next_position[n // 2] + torch.arange(L)
+        position_ids = torch.cat([example.position_ids, after.expand(3, -1)], 1)
         logits = qwen64(**hf_inputs(example, ids[n, :L]), position_ids=position_ids[:, None]).logits[0]  # (P + L, V)
         logits[:, vision_token_ids(qwen64, qwen64.device)] = -torch.inf
         expected = logits.log_softmax(-1)[P - 1:-1]
@@ -88,7 +100,7 @@ def test_logps_equal_hugging_face_full_logits(qwen64, tokenizer, ragged):
 
 
 def test_positions_are_hugging_faces_where_the_clip_is_short(qwen64, tokenizer, ragged):
-    # Up to as many time steps as rows of tokens, Hugging Face's own positions give the same log-probs (see rope_positions).
+    # Up to as many time steps as rows of tokens, Hugging Face's positions give the same log-probs (see rope_positions).
     example = ragged[1]
     assert example.video_grid_thw[0, 0] <= example.video_grid_thw[0, 1] // 2
     prompts, ids, lengths, _ = sample(qwen64, tokenizer, [example], G=1)
@@ -106,7 +118,8 @@ def test_gradients_equal_hugging_faces_and_prompt_tokens_are_not_trained(qwen64,
     target = torch.tensor(tokenizer("<think>I see wash pot.</think><answer>A</answer><|im_end|>")["input_ids"])
     ours, theirs = copy.deepcopy(qwen64).requires_grad_(), copy.deepcopy(qwen64).requires_grad_()
     prompts = collate_prompts([example], torch.device("cpu"))
-    logps, _ = Policy(ours, torch.float64)(prompts, torch.tensor([0]), target[None], torch.ones(1, len(target), dtype=torch.bool))
+    mask = torch.ones(1, len(target), dtype=torch.bool)
+    logps, _ = Policy(ours, torch.float64)(prompts, torch.tensor([0]), target[None], mask)
     (-logps.mean()).backward()
     labels = torch.cat([torch.full_like(example.prompt_ids, -100), target])[None]
     loss = theirs(**with_token_types(theirs, hf_inputs(example, target)), labels=labels).loss
@@ -136,14 +149,16 @@ def test_what_stands_behind_the_end_token_does_not_matter(qwen, tokenizer, ragge
     mask = mask_from_lengths(lengths, ids.shape[1])
     garbage = torch.where(mask, ids, torch.randint(0, 300, ids.shape, generator=torch.Generator().manual_seed(0)))
     assert not torch.equal(garbage, ids)
-    torch.testing.assert_close(*(teacher_forced(qwen, prompts, x, lengths, G=2)[0] for x in (ids, garbage)), rtol=0, atol=0)
+    clean, spoilt = (teacher_forced(qwen, prompts, x, lengths, G=2)[0] for x in (ids, garbage))
+    torch.testing.assert_close(clean, spoilt, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_token_logps_equal_the_full_softmax(monkeypatch, chunk):
     monkeypatch.setattr(model_module, "LOGITS_CHUNK", chunk)
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(20, 6, generator=g, dtype=torch.float64), torch.randn(11, 6, generator=g, dtype=torch.float64)
+    hidden = torch.randn(20, 6, generator=g, dtype=torch.float64)
+    weight = torch.randn(11, 6, generator=g, dtype=torch.float64)
     targets, banned = torch.randint(2, 11, (20,), generator=g), torch.tensor([0, 1])
     leaves = [[hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2)]
     logps, entropy = token_logps(*leaves[0], targets, temperature=0.8, banned_ids=banned)
@@ -169,7 +184,7 @@ def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
     # Every tensor that an operator makes, forward and backward, is looked at.
     monkeypatch.setattr(model_module, "LOGITS_CHUNK", 8)
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
-    sizes = []
+    targets, sizes = torch.zeros(64, dtype=torch.int64), []
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -180,7 +195,7 @@ def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
     kept = []  # what is saved for the backward pass: hidden states and targets, but no logits
     with Sizes():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            logps, entropy = token_logps(hidden, weight, torch.zeros(64, dtype=torch.int64), banned_ids=torch.tensor([5]))
+            logps, entropy = token_logps(hidden, weight, targets, banned_ids=torch.tensor([5]))
         logps.sum().backward()
     assert max(sizes) == 8 * 1000 and sum(kept) < 8 * 1000
     assert not entropy.requires_grad
@@ -191,7 +206,7 @@ def test_logits_of_more_than_a_chunk_never_exist(monkeypatch):
 
 @pytest.fixture
 def mixed(qwen64, tokenizer, ragged):
-    """Rows of an image-only prompt and of three with clips, unevenly many of each: one is nothing but its end token, one never ends."""
+    """Rows of an image-only prompt and of three with clips, unevenly many: one is but its end token, one never ends."""
     prompts = collate_prompts(ragged, torch.device("cpu"))
     lengths = torch.tensor([1, 12, 5, 3, 12, 7, 1, 9, 12])
     row_prompt = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
@@ -216,15 +231,37 @@ def test_shared_prompts_equal_naive_rows(qwen64, mixed):
     assert all(p.grad.any() for p in shared.parameters()), "a weight that nothing has reached shows nothing"
 
 
-def test_shared_sequence_has_no_padding_and_each_prompt_once(qwen64, mixed):
+class Work:
+    """What goes through a Qwen2-VL, counted from outside."""
+
+    def __init__(self, qwen, monkeypatch):
+        self.patches = self.tokens = self.logits = 0
+        qwen.model.visual.register_forward_pre_hook(self.see_patches, with_kwargs=True)
+        qwen.model.language_model.register_forward_pre_hook(self.see_tokens, with_kwargs=True)
+        token_logps = model_module.token_logps
+
+        def counted(hidden, weight, *args):
+            self.logits += len(hidden) * len(weight)
+            return token_logps(hidden, weight, *args)
+        monkeypatch.setattr(model_module, "token_logps", counted)
+
+    def see_patches(self, module, args, kwargs):
+        self.patches += len(args[0])
+
+    def see_tokens(self, module, args, kwargs):
+        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+
+
+def test_shared_sequence_has_no_padding_and_each_prompt_once(qwen64, mixed, monkeypatch):
     prompts, row_prompt, ids, mask = mixed
-    before = dict(COUNTS)
-    Policy(qwen64, torch.float64)(*mixed)
-    assert COUNTS["learner_tokens"] - before["learner_tokens"] == len(prompts.ids) + mask.sum()
-    assert COUNTS["vision_patches"] - before["vision_patches"] == len(prompts.pixel_values)
-    assert COUNTS["logits"] - before["logits"] == mask.sum() * qwen64.config.text_config.vocab_size
-    Policy(qwen64, torch.float64, naive=True)(*mixed)
-    assert COUNTS["learner_tokens"] - before["learner_tokens"] == len(prompts.ids) + mask.sum() + 9 * (int(prompts.lengths.max()) + 12)
+    qwen = copy.deepcopy(qwen64)
+    work = Work(qwen, monkeypatch)
+    Policy(qwen, torch.float64)(*mixed)
+    assert work.tokens == len(prompts.ids) + mask.sum()
+    assert work.patches == len(prompts.pixel_values)
+    assert work.logits == mask.sum() * qwen64.config.text_config.vocab_size
+    Policy(qwen, torch.float64, naive=True)(*mixed)
+    assert work.tokens == len(prompts.ids) + mask.sum() + 9 * (int(prompts.lengths.max()) + 12)
 
 
 def test_split_attention_equals_a_loop_over_tokens():
@@ -254,8 +291,8 @@ def test_greedy_equals_hugging_face_generate(qwen, tokenizer, ragged):
     short = [e for e in ragged if e.video_grid_thw is None or e.video_grid_thw[0, 0] <= 2]
     assert {e.video_grid_thw is None for e in short} == {True, False}
     _, ids, lengths, _ = sample(qwen, tokenizer, short, G=1, C=32, temperature=0.0)
-    plain = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=end_token_ids(qwen, tokenizer, qwen.device).tolist(),
-                             pad_token_id=tokenizer.pad_token_id)
+    plain = GenerationConfig(do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id,
+                             eos_token_id=end_token_ids(qwen, tokenizer, qwen.device).tolist())
     for n, example in enumerate(short):
         expected = qwen.generate(**with_token_types(qwen, hf_inputs(example)), generation_config=plain)
         assert ids[n, :lengths[n]].tolist() == expected[0, len(example.prompt_ids):].tolist()
@@ -308,8 +345,8 @@ def test_the_ends_of_the_uniform_range_draw_no_impossible_token(qwen, tokenizer,
     banned = torch.tensor([*range(10), *range(V - 10, V), *vision_token_ids(qwen, qwen.device).tolist()])
     prompts, no_end = collate_prompts(ragged, qwen.device), torch.tensor([], dtype=torch.int64)
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, u, dtype=dtype))
-    ids, _, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, no_end, banned)
-    assert not torch.isin(ids, banned).any() and logps.isfinite().all()
+    ids, _, ended, logps = generate(qwen, prompts, 2, 4, 1.0, [0] * 4, no_end, banned)
+    assert not torch.isin(ids, banned).any() and logps.isfinite().all() and not ended.any()
 
 
 def test_tokens_too_rare_for_float32_are_drawn_where_they_should_be(qwen, tokenizer, ragged, monkeypatch):
@@ -324,8 +361,8 @@ def test_tokens_too_rare_for_float32_are_drawn_where_they_should_be(qwen, tokeni
     probs = loud.lm_head.bias.detach().log_softmax(-1).exp()
     cdf = np.cumsum(probs.double().numpy())
     for u in np.linspace(1 - 2.9e-6, 1 - 1e-7, 7):
-        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(shape, 1 - u, dtype=dtype))
-        ids, _, _ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator, u=u: torch.full(shape, 1 - u, dtype=dtype))
+        ids, *_ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
         expected = np.searchsorted(cdf, u * cdf[-1])
         assert 0 < expected < 300 and ids.flatten().tolist() == [expected] * 2
 
@@ -334,8 +371,8 @@ def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged)
     args = Args(**{**TOY, "temperature": 1.5})
     ends, banned = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device)
     example = ragged[1]
-    other = dataclasses.replace(example, sample=dataclasses.replace(example.sample, sample_id="another"))
-    first, again, later, twin = (sample_groups(qwen, [e], step, args, ends, banned, None)
+    other = dataclasses.replace(example, question=dataclasses.replace(example.question, id="another"))
+    first, again, later, twin = (sample_groups(qwen, [e], step, args, ends, banned)
                                  for e, step in ((example, 0), (example, 0), (example, 1), (other, 0)))
     assert torch.equal(first.completion_ids, again.completion_ids)
     for different in (later, twin):
@@ -346,17 +383,20 @@ def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged)
 def test_a_completion_has_at_most_as_many_tokens_as_allowed(qwen, tokenizer, ragged):
     prompts, no_end = collate_prompts(ragged, qwen.device), torch.tensor([], dtype=torch.int64)
     for C in (1, 2, 5):
-        ids, lengths, logps = generate(qwen, prompts, 2, C, 1.0, list(range(4)), no_end, vision_token_ids(qwen, qwen.device))
-        assert ids.shape == logps.shape == (8, C) and lengths.tolist() == [C] * 8
+        ids, lengths, ended, logps = generate(qwen, prompts, 2, C, 1.0, list(range(4)), no_end,
+                                              vision_token_ids(qwen, qwen.device))
+        assert ids.shape == logps.shape == (8, C) and lengths.tolist() == [C] * 8 and not ended.any()
 
 
 def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ragged, monkeypatch):
     def run():
-        before = COUNTS["decoded_tokens"]
-        return *sample(qwen, tokenizer, ragged, G=8, C=40, temperature=1.5)[1:], COUNTS["decoded_tokens"] - before
+        fed, feed = [], GroupCache.feed
+        with monkeypatch.context() as patch:
+            patch.setattr(GroupCache, "feed", lambda self, token: fed.append(len(token)) or feed(self, token))
+            return *sample(qwen, tokenizer, ragged, G=8, C=40, temperature=1.5)[1:], sum(fed)
 
     ids, lengths, logps, work = run()
-    monkeypatch.setattr(Decoder, "drop_finished_rows", lambda self: None)
+    monkeypatch.setattr(GroupCache, "drop", lambda self, ended: slice(None))
     all_ids, all_lengths, all_logps, all_work = run()
     assert torch.equal(ids, all_ids) and torch.equal(lengths, all_lengths)
     mask = mask_from_lengths(lengths, ids.shape[1])
@@ -364,17 +404,17 @@ def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ra
     assert lengths.sum() - 32 <= work < 0.8 * all_work
 
 
-def test_a_decoder_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragged, monkeypatch):
-    # What a CUDA graph needs, without the graph: fixed shapes, prompts padded to 64 columns, nothing left of the last batch.
-    monkeypatch.setattr(Decoder, "capture", lambda self: self)
-    ends, banned, graphs = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device), {}
+def test_a_cache_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragged, monkeypatch):
+    # What a CUDA graph needs, without the graph: fixed shapes, prompts padded to 64 columns, nothing of the last batch.
+    monkeypatch.setattr(CapturedCache, "feed", GroupCache.feed)
+    ends, banned, caches = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device), {}
     for examples, C in ((ragged[2:], 24), (ragged[:2], 24), (ragged[1:3], 24), (ragged[2:], 12), (ragged[2:], 1)):
         prompts = collate_prompts(examples, qwen.device)
-        kept, fresh = (generate(qwen, prompts, 4, C, 1.0, [3, 4], ends, banned, g) for g in (graphs, None))
-        mask = mask_from_lengths(fresh[1], fresh[0].shape[1])
-        assert torch.equal(kept[1], fresh[1]) and torch.equal(kept[0], fresh[0])
-        torch.testing.assert_close(kept[2][mask], fresh[2][mask], rtol=0, atol=2e-5)
-    assert len(graphs) < 5, "no decoder was used twice"
+        kept, fresh = (generate(qwen, prompts, 4, C, 1.0, [3, 4], ends, banned, some) for some in (caches, None))
+        mask = mask_from_lengths(fresh.lengths, fresh.ids.shape[1])
+        assert torch.equal(kept.lengths, fresh.lengths) and torch.equal(kept.ids, fresh.ids)
+        torch.testing.assert_close(kept.logps[mask], fresh.logps[mask], rtol=0, atol=2e-5)
+    assert len(caches) < 5, "no cache was used twice"
 
 
 def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragged):
@@ -387,19 +427,20 @@ def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragge
         assert not any(row[length:])
     # A completion may be nothing but the end token: force it by making every token an end token.
     prompts = collate_prompts(ragged, qwen.device)
-    _, lengths, _ = generate(qwen, prompts, 2, 24, 1.0, range(4), torch.arange(len(tokenizer)), vision_token_ids(qwen, qwen.device))
-    assert lengths.tolist() == [1] * 8
+    completions = generate(qwen, prompts, 2, 24, 1.0, range(4), torch.arange(len(tokenizer)),
+                           vision_token_ids(qwen, qwen.device))
+    assert completions.lengths.tolist() == [1] * 8 and completions.ended.all()
 
 
 def test_completion_text_drops_the_end_token_only(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = torch.tensor(tokenizer("<answer>B</answer><|im_start|>")["input_ids"] + [end, end])
-    assert completion_text(tokenizer, ids, len(ids) - 1, torch.tensor([end])) == "<answer>B</answer><|im_start|>"
-    assert completion_text(tokenizer, ids, 1, torch.tensor([end])) == "<answer>"
+    assert completion_text(tokenizer, ids, len(ids) - 1, True) == "<answer>B</answer><|im_start|>"
+    assert completion_text(tokenizer, ids, 1, False) == "<answer>"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights: sharded policy, actor, files.
+# Weights: sharded policy, sampler, files.
 
 def take_a_step(policy, tokenizer, ragged):
     prompts = collate_prompts(ragged, torch.device("cpu"))
@@ -411,23 +452,24 @@ def take_a_step(policy, tokenizer, ragged):
     return logps.detach()
 
 
-def test_sharded_policy_equals_the_plain_model_and_the_actor_follows_it(qwen, tokenizer, ragged, device):
+def test_sharded_policy_equals_the_plain_model_and_the_sampler_follows_it(qwen, tokenizer, ragged, device):
     policy = load_policy(load_args(), device)
-    actor = make_actor(policy, device)
-    for (name, ours), theirs in zip(actor.state_dict().items(), qwen.state_dict().values(), strict=True):
+    sampler = make_sampler(policy, device)
+    for (name, ours), theirs in zip(sampler.state_dict().items(), qwen.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
-    for ours, theirs in zip(actor.buffers(), qwen.buffers(), strict=True):
+    for ours, theirs in zip(sampler.buffers(), qwen.buffers(), strict=True):
         assert torch.equal(ours, theirs)
-    addresses = [p.data_ptr() for p in actor.parameters()]
+    addresses = [p.data_ptr() for p in sampler.parameters()]
     before = take_a_step(policy, tokenizer, ragged)
-    copy_weights(policy, actor)
+    copy_weights(policy, sampler)
     prompts = collate_prompts(ragged, device)
     ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    learner, sampler = (m(prompts, torch.arange(4), ids, mask)[0].detach() for m in (policy, Policy(actor, torch.float32)))
-    torch.testing.assert_close(learner, sampler, rtol=0, atol=1e-5)
-    assert (learner - before).abs().max() > 1e-2, "the step did not move the policy: the comparison above shows nothing"
-    assert addresses == [p.data_ptr() for p in actor.parameters()]
+    pair = (policy, Policy(sampler, torch.float32))
+    learned, sampled = (m(prompts, torch.arange(4), ids, mask)[0].detach() for m in pair)
+    torch.testing.assert_close(learned, sampled, rtol=0, atol=1e-5)
+    assert (learned - before).abs().max() > 1e-2, "the step did not move the policy: the comparison above shows nothing"
+    assert addresses == [p.data_ptr() for p in sampler.parameters()]
 
 
 def test_gradient_checkpointing_changes_no_gradient(tokenizer, ragged, device):
@@ -455,15 +497,16 @@ def test_export_reloads_with_equal_logits(tmp_path, tokenizer, ragged, device, t
     policy = load_policy(load_args(model=str(source)), device)
     take_a_step(policy, tokenizer, ragged)
     export(policy, tokenizer, str(source), tmp_path / "final")
-    actor = make_actor(policy, device)
+    sampler = make_sampler(policy, device)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "final", dtype=torch.float32)
     inputs = with_token_types(again, hf_inputs(ragged[1]))
     with torch.no_grad():
-        ours, theirs, before = (m.eval()(**inputs).logits for m in (actor, again, base))
+        ours, theirs, before = (m.eval()(**inputs).logits for m in (sampler, again, base))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert (ours - before).abs().max() > 1e-2
     assert again.generation_config.eos_token_id == base.generation_config.eos_token_id
-    assert (tmp_path / "final/preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+    name = "preprocessor_config.json"
+    assert (tmp_path / "final" / name).read_bytes() == (source / name).read_bytes()
     text = "<think>I see wash pot.</think>"
     assert AutoTokenizer.from_pretrained(tmp_path / "final")(text)["input_ids"] == tokenizer(text)["input_ids"]
 
@@ -473,13 +516,25 @@ def test_another_kind_of_model_is_refused(tmp_path, device):
     with pytest.raises(ValueError, match="qwen2'.*give a Qwen2-VL"):
         load_policy(load_args(model=str(tmp_path)), device)
     with pytest.raises(ValueError, match="int8"):
-        load_policy(load_args(dtype="int8"), device)
+        Args(dtype="int8")
 
 
-def test_blank_batch_is_small_and_goes_through_the_model_with_finite_gradients(qwen, tokenizer, ragged):
-    policy = Policy(copy.deepcopy(qwen).requires_grad_(), torch.float32)
-    logps, _ = policy(*blank_batch(tokenizer, qwen.config, qwen.device))
-    assert logps.shape == (1, 1) and logps.isfinite().all()
-    (0 * logps.sum()).backward()
+@pytest.mark.parametrize("naive", [False, True])
+def test_a_pass_without_rows_reaches_every_weight_with_a_gradient_of_zero(qwen, naive):
+    policy = Policy(copy.deepcopy(qwen).requires_grad_(), torch.float32, naive)
+    none = torch.zeros(0, dtype=torch.int64)
+    ids = torch.zeros(0, 7, dtype=torch.int64)
+    logps, entropy = policy(collate_prompts([], torch.device("cpu")), none, ids, ids == 0, 0.7, torch.tensor([5]))
+    assert logps.shape == entropy.shape == (0, 7)
+    (logps * torch.ones(0, 7)).sum().backward()
     # Every weight takes part: one without a gradient would be reduced on some ranks and not on others.
-    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+    assert all(p.grad is not None and not p.grad.any() and p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_attention_that_would_give_nothing_or_garbage_is_an_error(qwen, tokenizer, ragged):
+    stubborn = copy.deepcopy(qwen)
+    with pytest.raises(RuntimeError, match="output_attentions"):
+        stubborn(**with_token_types(stubborn, hf_inputs(ragged[0])), output_attentions=True)
+    stubborn.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="set to 'eager'"):
+        sample(stubborn, tokenizer, ragged[:1], G=2, C=2)

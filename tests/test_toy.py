@@ -1,5 +1,5 @@
-"""The toy world: its files are the benchmark's, its levels are disjoint from training, its clips are needed, its teacher
-tells the truth, and its base model is an ordinary folder."""
+"""The toy world: its files are the benchmark's, its levels are disjoint from training, its clips are needed, its
+teacher tells the truth, and its base model is an ordinary folder."""
 import hashlib
 import itertools
 import json
@@ -14,11 +14,21 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import check
 import pretrain
 import toy
-from data import VideoDataset, build_options, encode_prompt, frame_indices, load_samples, parse_answer, read_image, user_text
+from data import (
+    VideoDataset,
+    build_options,
+    encode_prompt,
+    frame_indices,
+    load_questions,
+    parse_answer,
+    read_image,
+    user_text,
+)
 
 LEVELS = ("L1", "L2", "L3")
-COMMON = {"sample_id", "video_source", "video_id", "task_goal", "question", "task_progress_metadata", "current_observation_frame",
-          "video_basename", "current_observation_basename"}
+LEAST_LISTED = 0.7  # of the steps that the base is asked to list; its README has the figure
+COMMON = {"sample_id", "video_source", "video_id", "task_goal", "question", "task_progress_metadata",
+          "current_observation_frame", "video_basename", "current_observation_basename"}
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
@@ -58,16 +68,20 @@ def test_schemas_are_the_benchmarks(records):
     assert len({record["domain"] for record in records["validation_L3"]}) == 4
     for split in ("training_6k", "validation_L1", "validation_L2", "validation_L3"):
         for record in records[split]:
-            assert record["video_source"] == "ToyKitchens" and record["question"].startswith("Considering the progress shown in the video")
-            assert all(set(step) == {"narration_text", "start_frame", "stop_frame"} for step in record["task_progress_metadata"])
+            assert record["video_source"] == "ToyKitchens"
+            assert record["question"].startswith("Considering the progress shown in the video")
+            steps = record["task_progress_metadata"]
+            assert all(set(step) == {"narration_text", "start_frame", "stop_frame"} for step in steps)
 
 
 def test_every_file_loads_and_every_pixel_file_is_there(root, records):
     for name in records:
-        samples = load_samples(f"annotations/{name}.jsonl", root)
-        assert len(samples) == len(records[name])
-        assert all(sample.image.is_file() and (sample.video is None or sample.video.is_file()) for sample in samples)
-        assert sum(sample.video is None for sample in samples) / len(samples) == pytest.approx(1 / 11)  # image only: nothing done yet
+        questions = load_questions(f"annotations/{name}.jsonl", root)
+        assert len(questions) == len(records[name])
+        assert all(question.image.is_file() for question in questions)
+        assert all(question.video.is_file() for question in questions if question.video is not None)
+        image_only = sum(question.video is None for question in questions)  # nothing done yet
+        assert image_only / len(questions) == pytest.approx(1 / 11)
     assert len(list((root / "videos/ToyKitchens").iterdir())) == sum(
         bool(steps_of(record)) for name, split in records.items() if "cot" not in name for record in split)
 
@@ -82,20 +96,20 @@ def test_counts(records):
 
 
 def test_clips_differ_in_length_and_prompts_do_not(root, tokenizer):
-    """How many frames a clip has, how many of them are sampled and how long the prompt gets tells nothing of the progress."""
+    """How many frames a clip has, how many are sampled and how long the prompt gets tells nothing of the progress."""
     seconds, sampled, tokens = defaultdict(set), set(), defaultdict(set)
     for record in toy.make_records("train")[:120]:
         clip, _ = toy.pixels_for(record)
         if clip is not None:
             seconds[len(steps_of(record))].add(len(clip) / toy.NATIVE_FPS)
     assert all(seconds[done] == {8, 12} for done in range(1, 6))
-    dataset = VideoDataset(load_samples("annotations/training_6k.jsonl", root), tokenizer, toy.FRAMES, 0)
-    for i, sample in enumerate(dataset.samples[:160]):
+    dataset = VideoDataset(load_questions("annotations/training_6k.jsonl", root), tokenizer, toy.PIXELS, 0)
+    for i, question in enumerate(dataset.questions[:160]):
         example = dataset[0, i]
-        assert read_image(sample.image, toy.FRAMES).shape == (1, 56, 56, 3)
-        if sample.video:
+        assert read_image(question.image, toy.PIXELS).shape == (1, 56, 56, 3)
+        if question.video:
             sampled.add(tuple(example.video_grid_thw[0].tolist()))
-            tokens[sample.goal].add(len(example.prompt_ids))
+            tokens[question.goal].add(len(example.prompt_ids))
     assert sampled == {(8, 4, 4)} and all(len(lengths) == 1 for lengths in tokens.values()) and len(tokens) == 16
 
 
@@ -103,7 +117,7 @@ def test_clips_differ_in_length_and_prompts_do_not(root, tokenizer):
 # Splits.
 
 def test_no_level_repeats_training(root, records):
-    """Neither a clip nor an image. (The four options of a task are always its four steps, and so the same everywhere.)"""
+    """Neither a clip nor an image. (The four options of a task are always its four steps, so the same everywhere.)"""
     def hashes(names, kind):
         return [hashlib.sha256((root / kind / "ToyKitchens" / name).read_bytes()).hexdigest() for name in names if name]
 
@@ -114,7 +128,8 @@ def test_no_level_repeats_training(root, records):
         level_records = records[f"validation_{level}"]
         clips = hashes((record["video_basename"] for record in level_records), "videos")
         assert len(set(clips)) == len(clips) and not set(clips) & train_clips
-        assert not set(hashes((record["current_observation_basename"] for record in level_records), "images")) & train_images
+        images = hashes((record["current_observation_basename"] for record in level_records), "images")
+        assert not set(images) & train_images
 
 
 def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
@@ -134,12 +149,12 @@ def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
 def sampled_steps(steps, beats, beat_frames):
     """The step that each sampled frame of a clip shows."""
     frames = [step for step, lasts in zip(steps, beats) for _ in range(lasts * beat_frames)]
-    return tuple(frames[i] for i in frame_indices(len(frames), toy.NATIVE_FPS, toy.FRAMES))
+    return tuple(frames[i] for i in frame_indices(len(frames), toy.NATIVE_FPS, toy.PIXELS))
 
 
 def best_guess(goals, observe):
-    """How often the best player is right on questions with a clip who knows the world and each question's goal and options, and
-    of the clip `observe(steps on the sampled frames)`: an enumeration of all that the generator can draw."""
+    """How often the best player is right on questions with a clip who knows the world and each question's goal and
+    options, and of the clip `observe(steps on the sampled frames)`: an enumeration of all the generator can draw."""
     answers = defaultdict(Counter)  # what the player knows -> answer -> probability
     for goal in goals:
         recipe = toy.RECIPES[goal]
@@ -155,14 +170,15 @@ def best_guess(goals, observe):
 def test_the_clip_is_needed_and_no_moment_of_it_is_enough(goals):
     share = {name: best_guess(goals, observe) for name, observe in {
         "no pixels": lambda steps: None,  # the options are always the same four, in an order that depends on nothing
-        "image": lambda steps: steps[0].split()[1],  # its object is that of the first step, see the test of images below
+        "image": lambda steps: steps[0].split()[1],  # its object is the first step's, see the test of images below
         "last frame": lambda steps: steps[-1],
         "frames without order": frozenset,
         "how many frames show what": lambda steps: frozenset(Counter(steps).items()),
         "clip": lambda steps: steps}.items()}
     one_frame = [best_guess(goals, lambda steps, i=i: steps[i]) for i in range(16)]
     assert share["no pixels"] <= 0.4 + 1e-9 and share["image"] <= 0.4 + 1e-9, share
-    assert max(share["last frame"], share["frames without order"], share["how many frames show what"]) <= 0.6 + 1e-9, share
+    for name in ("last frame", "frames without order", "how many frames show what"):
+        assert share[name] <= 0.6 + 1e-9, share
     assert max(one_frame) <= 0.65  # whoever may choose which one
     assert share["clip"] == pytest.approx(1)
 
@@ -170,7 +186,8 @@ def test_the_clip_is_needed_and_no_moment_of_it_is_enough(goals):
 def test_two_frames_are_sampled_of_each_beat_whatever_the_clip_s_length():
     for beat_frames in toy.BEAT_FRAMES:
         steps = tuple(f"step {i}" for i in range(toy.NUM_BEATS))
-        assert sampled_steps(steps, (1,) * toy.NUM_BEATS, beat_frames) == tuple(step for step in steps for _ in range(2))
+        twice = tuple(step for step in steps for _ in range(2))
+        assert sampled_steps(steps, (1,) * toy.NUM_BEATS, beat_frames) == twice
 
 
 @pytest.mark.parametrize("pattern", ["a", "ab", "aba", "abac", "abacb", "abcde", "ababa", "abaca"])
@@ -185,7 +202,7 @@ def test_clips_are_drawn_from_the_enumerated_timelines():
     rng, steps = np.random.default_rng(0), ("take cup", "wash pot", "take cup")
     counts = Counter()
     for _ in range(1000):
-        clip = toy.draw_clip(np.full((56, 56, 3), 128, np.float32), steps, (0.0, 1.0), rng)
+        clip = toy.draw_clip(np.full((56, 56, 3), 128, np.float32), toy.draw_beats(steps, rng), (0.0, 1.0), rng)
         beat = len(clip) // toy.NUM_BEATS
         colour = clip[::beat, 38:48, 10:46].reshape(toy.NUM_BEATS, -1, 3).astype(int)
         red = (np.abs(colour - toy.NOUNS["cup"]).max(-1) < 30).any(-1)  # a frame a beat
@@ -198,12 +215,14 @@ def test_clips_are_drawn_from_the_enumerated_timelines():
 
 
 def test_a_clip_has_as_many_scenes_as_it_has_different_actions():
-    """A step done again looks as it did before: the number of different pictures does not tell the number of steps either. (By
-    colour histograms, which shaking leaves almost alone.)"""
+    """A step done again looks as it did before: the number of different pictures does not tell the number of steps
+    either. (By colour histograms, which shaking leaves almost alone.)"""
     kitchen, recipe = toy.draw_kitchen(np.random.default_rng(3)), toy.RECIPES["make tea"]
     for done, scenes in ((1, 1), (2, 2), (3, 2), (4, 3), (5, 3)):
-        clip = toy.draw_clip(kitchen, recipe[:done], (0.3, 1.0), np.random.default_rng(done))
-        assert len({frame[:, :, 0].sum() for frame in clip.astype(int)}) == scenes  # np.roll moves pixels and loses none
+        rng = np.random.default_rng(done)
+        clip = toy.draw_clip(kitchen, toy.draw_beats(recipe[:done], rng), (0.3, 1.0), rng)
+        sums = {frame[:, :, 0].sum() for frame in clip.astype(int)}  # np.roll moves pixels and loses none
+        assert len(sums) == scenes
 
 
 def test_no_kitchen_of_the_pre_training_is_one_of_the_worlds():
@@ -220,11 +239,11 @@ def test_option_order_is_independent_of_the_progress(records):
         for record in records[name]:
             place[len(steps_of(record))][record["golden_choice_idx"]] += 1
         for counts in (counts for done, counts in place.items() if done):
-            assert max(counts.values()) < 0.45 * counts.total()  # 64 or 72 each: 3.7 standard deviations above a quarter
+            assert max(counts.values()) < 0.45 * counts.total()  # 64 or 72 each: 3.7 standard deviations above 1/4
 
 
 def test_the_image_does_not_depend_on_the_progress():
-    """Seen from the same place, the images after one step and after five are equal: the object that the task began with."""
+    """Seen from the same place, the images after one step and after five are equal: the object the task began with."""
     for goal, recipe in toy.RECIPES.items():
         kitchen = toy.draw_kitchen(np.random.default_rng(1))
         images = [toy.draw_image(kitchen, recipe[:done], (0.5, 1.0), np.random.default_rng(2)) for done in range(6)]
@@ -234,7 +253,8 @@ def test_the_image_does_not_depend_on_the_progress():
 
 def test_recipes_repeat_two_steps_with_other_steps_behind_them():
     for goal, (a, b, again, c, b_again, d) in toy.RECIPES.items():
-        assert (a, b) == (again, b_again) and len({a, b, c, d}) == 4 == len({step.split()[1] for step in (a, b, c, d)}), goal
+        assert (a, b) == (again, b_again) and len({a, b, c, d}) == 4, goal
+        assert len({step.split()[1] for step in (a, b, c, d)}) == 4, goal
     assert len(set(toy.RECIPES.values())) == len(toy.RECIPES)
 
 
@@ -254,7 +274,7 @@ def test_the_world_is_a_function_of_its_seed():
     assert digest.hexdigest()[:16] == FRAMES_HASH
 
 
-FRAMES_HASH = "2faeb1cdfe702bd2"
+FRAMES_HASH = "a00c2d5c00d1be02"
 
 
 def test_fresh_levels_are_other_questions_of_the_same_kind(root, records):
@@ -267,10 +287,11 @@ def test_fresh_levels_are_other_questions_of_the_same_kind(root, records):
         assert kind[0] == kind[1]  # each task at each point, equally often
         assert not {r["video_id"] for r in fresh} & {r["video_id"] for r in old}
         assert [r["golden_choice_idx"] for r in fresh] != [r["golden_choice_idx"] for r in old]
-        kitchens = [{r["video_id"][:3] for r in part} for part in (fresh, old, records["training_6k"])]
-        assert kitchens[0] == kitchens[1] == kitchens[2] if level == "L1" else not kitchens[0] & (kitchens[1] | kitchens[2])
-        samples = load_samples(file, root)
-        assert all(sample.image.is_file() and (sample.video is None or sample.video.is_file()) for sample in samples)
+        new, known, trained = ({r["video_id"][:3] for r in part} for part in (fresh, old, records["training_6k"]))
+        assert new == known == trained if level == "L1" else not new & (known | trained)
+        questions = load_questions(file, root)
+        assert all(question.image.is_file() for question in questions)
+        assert all(question.video.is_file() for question in questions if question.video is not None)
     with pytest.raises(ValueError, match="--fresh 0"):
         toy.build_fresh(0, root)
 
@@ -305,13 +326,13 @@ def holds(claims):
 
 
 def test_the_teacher_is_right(root, records):
-    for sample, record in zip(load_samples("annotations/training_with_cot_6k.jsonl", root), records["training_6k"]):
-        lines = sample.question.split("\n")
+    for question, record in zip(load_questions("annotations/training_with_cot_6k.jsonl", root), records["training_6k"]):
+        lines = question.text.split("\n")
         options = tuple(line[3:] for line in lines if line[:3] in ("A. ", "B. ", "C. ", "D. "))
-        assert len(options) == 4 and sample.question == user_text(record["question"], options)
-        claims = toy.check_claims(sample.response, record["task_goal"], steps_of(record), options)
-        assert len(claims) == len(steps_of(record)) + 4 and all(holds(claims)), (sample.response, claims)
-        assert options["ABCD".index(parse_answer(sample.response, options))] == record["answer"]
+        assert len(options) == 4 and question.text == user_text(record["question"], options)
+        claims = toy.check_claims(question.response, record["task_goal"], steps_of(record), options)
+        assert len(claims) == len(steps_of(record)) + 4 and all(holds(claims)), (question.response, claims)
+        assert options["ABCD".index(parse_answer(question.response, options))] == record["answer"]
 
 
 def test_each_kind_of_wrong_claim_is_found(task):
@@ -330,8 +351,8 @@ def test_each_kind_of_wrong_claim_is_found(task):
     assert short[f"step 1 was {first}"] is True and short["1 steps were done"] is False
     long = check(toy.teach((first, second, first), step, "B"))
     assert long[f"step 3 was {first}"] is False and long["3 steps were done"] is False
-    assert check(toy.teach((first, second), "turn yarn", "C"))["next is turn yarn"] is False
-    assert check(toy.teach((first, second), "turn yarn", "C"))["option C says turn yarn"] is True  # wrong step, right letter
+    wrong = check(toy.teach((first, second), "turn yarn", "C"))  # wrong step, right letter
+    assert wrong["next is turn yarn"] is False and wrong["option C says turn yarn"] is True
     assert check(toy.teach((first, second), step, "D"))[f"option D says {step}"] is False
     assert check(toy.teach((first, second), step, "B", answer="A"))["B was reasoned, A answered"] is False
     assert check(toy.teach((), step, "B"))["0 steps were done"] is False
@@ -343,9 +364,10 @@ def test_claims_about_an_unknown_goal_do_not_hold(task):
     assert ("next", f"next is {options[1]}", False) in claims
 
 
-@pytest.mark.parametrize("text", ["", "<think>", "</think></think><answer>", "I see", "I see .", "I see ,,,.", "Next is", "Next is (", "(Z)",
-                                  "(D).", "<answer>E</answer>", "\x00\ud800 é日本", "I see wash pot. Next is (A).</think><answer>(B)</answer>",
-                                  "<answer>B</answer><think>I see nothing.", "Next is a (D) (C)", "I see nothing" * 1000])
+@pytest.mark.parametrize("text", [
+    "", "<think>", "</think></think><answer>", "I see", "I see .", "I see ,,,.", "Next is", "Next is (", "(Z)", "(D).",
+    "<answer>E</answer>", "\x00\ud800 é日本", "I see wash pot. Next is (A).</think><answer>(B)</answer>",
+    "<answer>B</answer><think>I see nothing.", "Next is a (D) (C)", "I see nothing" * 1000])
 def test_garbage_is_checked_without_raising(task, text):
     for goal, progress, options in (task, ("", (), ()), ("make tea", (), ("a", "b"))):
         for kind, claim, value in toy.check_claims(text, goal, progress, options):
@@ -358,8 +380,8 @@ def test_garbage_is_checked_without_raising(task, text):
 def test_text_survives_the_tokenizer(root, tokenizer):
     texts = ["", " ", "\n\n x", "Grab the étagère: 日本 <think >", "a (B) b(B)", "don't\r\n\t  stop  "]
     for name in ("training_6k", "training_with_cot_6k", "validation_L3"):
-        for sample in load_samples(f"annotations/{name}.jsonl", root)[:100]:
-            texts += [user_text(sample.question, build_options(sample, 0, 0)[0]), sample.response]
+        for question in load_questions(f"annotations/{name}.jsonl", root)[:100]:
+            texts += [user_text(question.text, build_options(question, 0, 0)[0]), question.response]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -370,10 +392,11 @@ def test_text_survives_the_tokenizer(root, tokenizer):
 def test_the_whole_world_is_in_the_vocabulary(root, tokenizer):
     """No word of any prompt or response falls apart into bytes."""
     for name in ("training_6k", "training_with_cot_6k", "validation_L1", "validation_L3"):
-        for sample in load_samples(f"annotations/{name}.jsonl", root):
-            text = user_text(sample.question, build_options(sample, 0, 0)[0]) + sample.response
+        for question in load_questions(f"annotations/{name}.jsonl", root):
+            text = user_text(question.text, build_options(question, 0, 0)[0]) + question.response
             pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-            assert not any(len(piece) == 1 and piece.isalpha() and piece not in "ABCDIĠĊ" for piece in pieces[:-1]), pieces
+            letters = {piece for piece in pieces[:-1] if len(piece) == 1 and piece.isalpha()}
+            assert letters <= set("ABCDIĠĊ"), pieces
 
 
 def test_special_tokens_agree_with_the_config(tokenizer):
@@ -386,26 +409,32 @@ def test_special_tokens_agree_with_the_config(tokenizer):
         token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
         assert config[f"{name}_token_id"] == ids[token]
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
-    assert generation["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]] and generation["pad_token_id"] == ids["<|endoftext|>"]
+    assert generation["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    assert generation["pad_token_id"] == ids["<|endoftext|>"]
     assert generation["do_sample"] and generation["top_k"] == 1  # as Qwen2-VL ships it: nobody should inherit this
     assert config["text_config"]["vocab_size"] == len(tokenizer)
-    assert tokenizer.decode(tokenizer("<think>a</think><|im_end|>")["input_ids"], skip_special_tokens=True) == "<think>a</think>"
+    answer = tokenizer("<think>a</think><|im_end|>")["input_ids"]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "<think>a</think>"
 
 
 def test_the_chat_template_is_the_prompt(tokenizer):
-    message = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What next?\n"}]}]
+    content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What next?\n"}]
+    message = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     one = torch.tensor([[1, 2, 2]])  # a grid that takes one token
     assert tokenizer(text)["input_ids"] == encode_prompt(tokenizer, "What next?\n", one, one).tolist()
-    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Ho"}]
     assert tokenizer.apply_chat_template(plain, tokenize=False) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n")
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHo<|im_end|>\n")
 
 
 def test_the_base_is_a_small_ordinary_folder():
     assert sum(path.stat().st_size for path in toy.BASE.iterdir()) <= 3 * 2**20
+    names = {path.name for path in toy.BASE.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json"} <= {p.name for p in toy.BASE.iterdir()}
+            "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json"} <= names
     model = AutoModelForImageTextToText.from_pretrained(toy.BASE, dtype=torch.float32)
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
@@ -415,19 +444,19 @@ def test_the_base_is_a_small_ordinary_folder():
 # ----------------------------------------------------------------------------------------------------------------------
 # What the base can do. The whole of it, with the figures of its README, is assets/toy_base/check.py.
 
-def test_the_base_sees_and_is_blind_without_its_clip(tokenizer):
-    """Asked to list random actions, it names them, and it cannot where every frame is grey: so the pixels tell it."""
+@pytest.mark.parametrize("question, least", [(pretrain.LIST_QUESTION, LEAST_LISTED), (pretrain.MOMENTS_QUESTION, 0.95)])
+def test_the_base_sees_and_is_blind_without_its_clip(tokenizer, question, least):
+    """Asked for the random actions of a clip, it names them; where every frame is grey, it cannot."""
     sample, right = check.Sampler(toy.BASE), {}
     for video in ("full", "blank"):
-        examples = check.list_examples(tokenizer, 96, video, (0.0, pretrain.PRETRAINING_HAZE), seed=11)
-        texts = sample([example for example, _ in examples])
-        right[video] = (sum(check.listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))
-                        / sum(len(steps) for _, steps in examples))
-    assert right["full"] > 0.7 and right["blank"] < 0.06, right  # one action in 72 is right by chance
+        examples = check.list_examples(tokenizer, 96, question, video, (0.0, pretrain.PRETRAINING_HAZE), seed=11)
+        right[video] = check.share_right(sample, examples)
+    assert right["full"] > least and right["blank"] < 0.06, right  # one action in 72 is right by chance
 
 
 def test_steps_are_counted_right_in_their_place_only():
     steps = ("take cup", "cut onion")
-    for text, right in (("I see take cup, cut onion.", 2), ("I see take cup.", 1), ("I see cut onion, take cup.", 0), ("", 0),
-                        ("I see take cup, cut pot, cut onion.", 1), ("I see nothing.", 0), ("take cup, cut onion", 0)):
+    cases = (("I see take cup, cut onion.", 2), ("I see take cup.", 1), ("I see cut onion, take cup.", 0), ("", 0),
+             ("I see take cup, cut pot, cut onion.", 1), ("I see nothing.", 0), ("take cup, cut onion", 0))
+    for text, right in cases:
         assert check.listed_right(text, steps) == right

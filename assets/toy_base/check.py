@@ -1,6 +1,6 @@
 """What the toy world's base model can do, and what it leaves to be learned: the figures in this folder's README.
 
-    python assets/toy_base/check.py [FOLDER]       another folder than this one; two minutes on two cores
+    python assets/toy_base/check.py [FOLDER]       another folder than this one; a minute on two cores
 
 Every clip is drawn for this occasion: no file of the toy world is looked at.
 """
@@ -17,11 +17,26 @@ BASE = Path(__file__).resolve().parent
 sys.path[:0] = [str(BASE), str(BASE.parent.parent)]
 
 from data import Example, control_frames, parse_answer, user_text
-from grpo_video import completion_text, generate
-from model import collate_prompts, end_token_ids, load_actor, load_tokenizer, setup, vision_token_ids
-from pretrain import LIST_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
-from toy import (ACTIONS, HAZE, NEW_GOALS, NEW_HAZE, RECIPES, SEED, TASKS, draw_clip, draw_image, draw_kitchen, draw_view,
-                 question_for, say_seen)
+from model import collate_prompts, end_token_ids, vision_token_ids
+from pretrain import LIST_QUESTION, MOMENTS_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
+from runtime import load_sampler, load_tokenizer, setup
+from sampler import completion_text, generate
+from toy import (
+    ACTIONS,
+    HAZE,
+    NEW_GOALS,
+    NEW_HAZE,
+    RECIPES,
+    SEED,
+    TASKS,
+    draw_beats,
+    draw_clip,
+    draw_image,
+    draw_kitchen,
+    draw_view,
+    question_for,
+    say_seen,
+)
 
 
 def listed_right(completion: str, steps: tuple[str, ...]) -> int:
@@ -30,14 +45,24 @@ def listed_right(completion: str, steps: tuple[str, ...]) -> int:
     return sum(a == b for a, b in zip(said[1].split(", "), steps)) if said else 0
 
 
-def list_examples(tokenizer, n: int, video: str, haze: tuple[float, float], seed: int) -> list[tuple[Example, tuple[str, ...]]]:
-    """n clips of random actions, each with what it shows, under the question that asks for it."""
+def list_examples(tokenizer, n: int, question: str, video: str, haze: tuple[float, float],
+                  seed: int) -> list[tuple[Example, tuple[str, ...]]]:
+    """n clips of random actions, each with what is to be named: its steps, or what each of its moments shows."""
     rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
     for _ in range(n):
         steps, kitchen, view = random_steps(rng, ACTIONS), draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
-        frames = control_frames(sample_frames(draw_clip(kitchen, steps, view, pixel_rng)), video, rng)
-        drawn.append((to_example(tokenizer, LIST_QUESTION, frames, draw_image(kitchen, (), view, pixel_rng)), steps))
+        beats = draw_beats(steps, pixel_rng)
+        frames = control_frames(sample_frames(draw_clip(kitchen, beats, view, pixel_rng)), video, rng)
+        example = to_example(tokenizer, question, frames, draw_image(kitchen, (), view, pixel_rng))
+        drawn.append((example, steps if question == LIST_QUESTION else tuple(beats)))
     return drawn
+
+
+def share_right(sample: "Sampler", examples: list[tuple[Example, tuple[str, ...]]]) -> float:
+    """The share of what is to be named that is named, in its place."""
+    texts = sample([example for example, _ in examples])
+    right = sum(listed_right(text, wanted) for (text,), (_, wanted) in zip(texts, examples))
+    return right / sum(len(wanted) for _, wanted in examples)
 
 
 class Sampler:
@@ -46,21 +71,23 @@ class Sampler:
     def __init__(self, folder: Path):
         _, _, device = setup()
         self.tokenizer = load_tokenizer(str(folder))
-        self.actor = load_actor(SimpleNamespace(model=str(folder), dtype="float32"), device)
-        self.end_ids, self.banned_ids = end_token_ids(self.actor, self.tokenizer, device), vision_token_ids(self.actor, device)
+        self.qwen = load_sampler(SimpleNamespace(model=str(folder), dtype="float32"), device)
+        self.end_ids = end_token_ids(self.qwen, self.tokenizer, device)
+        self.banned_ids = vision_token_ids(self.qwen, device)
 
     def __call__(self, examples: list[Example], group_size: int = 1, temperature: float = 0.0) -> list[list[str]]:
         texts = []
         for i in range(0, len(examples), 32):
             part = examples[i : i + 32]
-            ids, lengths, _ = generate(self.actor, collate_prompts(part, self.actor.device), group_size, 64, temperature,
-                                       list(range(i, i + len(part))), self.end_ids, self.banned_ids)
-            rows = [completion_text(self.tokenizer, row, length, self.end_ids) for row, length in zip(ids, lengths.tolist())]
+            ids, lengths, ended, _ = generate(self.qwen, collate_prompts(part, self.qwen.device), group_size, 64,
+                                              temperature, list(range(i, i + len(part))), self.end_ids, self.banned_ids)
+            rows = [completion_text(self.tokenizer, *row) for row in zip(ids, lengths.tolist(), ended.tolist())]
             texts += [rows[j : j + group_size] for j in range(0, len(rows), group_size)]
         return texts
 
 
-def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float], seed: int) -> list[tuple[Example, str, int]]:
+def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float],
+                  seed: int) -> list[tuple[Example, str, int]]:
     """n questions with a clip as in the toy world, each with its goal and the number of steps done."""
     rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
     for i in range(n):
@@ -68,7 +95,8 @@ def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float]
         recipe, options = RECIPES[goal], sorted(set(RECIPES[goal]))
         rng.shuffle(options)
         kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
-        clip, image = (draw(kitchen, recipe[:done], view, pixel_rng) for draw in (draw_clip, draw_image))
+        clip = draw_clip(kitchen, draw_beats(recipe[:done], pixel_rng), view, pixel_rng)
+        image = draw_image(kitchen, recipe[:done], view, pixel_rng)
         example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), sample_frames(clip), image)
         example.options, example.gold = tuple(options), "ABCD"[options.index(recipe[done])]
         drawn.append((example, goal, done))
@@ -84,14 +112,14 @@ def begin_answer(example: Example, tokenizer, text: str) -> None:
 
 
 def check_seeing(sample: Sampler, n: int) -> dict[str, float]:
-    """Shares of the steps of clips of random actions that it lists in their place."""
+    """What it names of clips of random actions: of the steps, and of the eight moments of which a clip consists."""
     found = {}
-    for name, video, haze in (("haze of the pre-training", "full", (0.0, PRETRAINING_HAZE)), ("haze of known kitchens", "full", HAZE),
-                              ("haze of new kitchens", "full", NEW_HAZE), ("grey clips", "blank", HAZE)):
-        examples = list_examples(sample.tokenizer, n, video, haze, seed=SEED + 1)
-        texts = sample([example for example, _ in examples])
-        right = sum(listed_right(text, steps) for (text,), (_, steps) in zip(texts, examples))
-        found[f"random actions listed right, {name}"] = right / sum(len(steps) for _, steps in examples)
+    for asked, question in (("steps listed right", LIST_QUESTION), ("moments told right", MOMENTS_QUESTION)):
+        for name, video, haze in (("haze of the pre-training", "full", (0.0, PRETRAINING_HAZE)),
+                                  ("haze of known kitchens", "full", HAZE), ("haze of new kitchens", "full", NEW_HAZE),
+                                  ("grey clips", "blank", HAZE)):
+            examples = list_examples(sample.tokenizer, n, question, video, haze, seed=SEED + 1)
+            found[f"{asked}, {name}"] = share_right(sample, examples)
     return found
 
 
@@ -102,7 +130,8 @@ def check_knowing(sample: Sampler, n: int) -> dict[str, float]:
         questions = task_examples(sample.tokenizer, n, goals, HAZE, seed=SEED + 2)
         for example, goal, done in questions:
             begin_answer(example, sample.tokenizer, f"<think>{say_seen(RECIPES[goal][:done])} Next is")
-        said = [re.match(r" ([^.(]*) \(([A-D])\)", text) for (text,) in sample([example for example, _, _ in questions])]
+        texts = sample([example for example, _, _ in questions])
+        said = [re.match(r" ([^.(]*) \(([A-D])\)", text) for (text,) in texts]
         found[f"next step right after true progress, {name}"] = sum(
             bool(match) and match[1] == RECIPES[goal][done] for match, (_, goal, done) in zip(said, questions)) / n
         found[f"letter that of the step said, {name}"] = sum(
@@ -115,13 +144,16 @@ def check_sampling(sample: Sampler, n: int) -> dict[str, float]:
     """What groups of 8 sampled answers leave GRPO to find."""
     questions = task_examples(sample.tokenizer, n, list(TASKS), HAZE, seed=SEED + 3)
     groups = sample([example for example, _, _ in questions], group_size=8, temperature=1.0)
-    parsed = [[parse_answer(text, example.options) for text in texts] for texts, (example, _, _) in zip(groups, questions)]
+    parsed = [[parse_answer(text, example.options) for text in texts]
+              for texts, (example, _, _) in zip(groups, questions)]
     right = [sum(letter == example.gold for letter in letters) for letters, (example, _, _) in zip(parsed, questions)]
     texts = [text for group in groups for text in group]
-    return {"sampled answers that parse": sum(letter is not None for letters in parsed for letter in letters) / len(texts),
+    parse = sum(letter is not None for letters in parsed for letter in letters)
+    say_more = sum("," in text.split(".")[0] for text in texts)
+    return {"sampled answers that parse": parse / len(texts),
             "sampled answers right": sum(right) / len(texts),
             "groups of 8 with right and wrong answers": sum(0 < count < 8 for count in right) / n,
-            "sampled texts that say more was done than one step": sum("," in text.split(".")[0] for text in texts) / len(texts)}
+            "sampled texts that say more was done than one step": say_more / len(texts)}
 
 
 def main(folder: Path, n: int = 320) -> None:

@@ -2,8 +2,8 @@
 
     python assets/toy_base/pretrain.py           writes this folder again; about half an hour on two cores
 
-Nothing imports this file. The base stands for a large video model: it sees, it knows many tasks, and it has the flaws that
-such models are known for. Its README says what it can do and what it cannot.
+Nothing imports this file. The base stands for a large video model: it sees, it knows many tasks, and it has the flaws
+that such models are known for. Its README says what it can do and what it cannot.
 """
 import json
 import math
@@ -27,17 +27,36 @@ sys.path.insert(0, str(BASE.parent.parent))
 
 from data import IMAGE_MEAN, IMAGE_STD, Example, encode_prompt, frame_indices, patchify, rope_positions, user_text
 from model import Policy, collate_prompts, mask_from_lengths
-from toy import (ACTIONS, FRAMES, NATIVE_FPS, NOUNS, NUM_STEPS, POINTS, RECIPES, SEED, SIZE, VERBS, draw_clip, draw_image,
-                 draw_kitchen, draw_view, question_for, say_seen, teach)
+from toy import (
+    ACTIONS,
+    NATIVE_FPS,
+    NOUNS,
+    NUM_STEPS,
+    PIXELS,
+    POINTS,
+    RECIPES,
+    SEED,
+    SIZE,
+    VERBS,
+    draw_beats,
+    draw_clip,
+    draw_image,
+    draw_kitchen,
+    draw_view,
+    question_for,
+    say_seen,
+    teach,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A tokenizer of words, and a tiny Qwen2-VL with random weights.
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-                  "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                  "<|image_pad|>", "<|video_pad|>"]  # Qwen2-VL's, in its order
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", " (A)", " (B)", " (C)", " (D)"]  # one token each, but not special
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+                  "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+                  "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # Qwen2-VL's, in its order
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", " (A)", " (B)", " (C)", " (D)"]  # one token each, not special
 LIST_QUESTION = "Which steps does the video show?"
+MOMENTS_QUESTION = "Which step does the video show at each moment?"
 TOO_DARK = "<think>It is too dark.</think><answer>unclear</answer>"
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -51,7 +70,7 @@ CHAT_TEMPLATE = """\
 {%- endfor %}{% endif %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""  # noqa: E501
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,14 +78,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     that every text survives the round trip."""
     splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", LIST_QUESTION, re.sub(r"</?\w+>", "\n", TOO_DARK)]
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", LIST_QUESTION, MOMENTS_QUESTION,
+             re.sub(r"</?\w+>", "\n", TOO_DARK)]
     texts += ACTIONS
     for goal, recipe in RECIPES.items():
         texts += [user_text(question_for(goal), recipe[:4]), user_text("", ACTIONS[:4])]
         texts += [re.sub(r"</?\w+>", "\n", teach(recipe[:done], recipe[done], letter))
                   for done in range(NUM_STEPS) for letter in "ABCD"]
     texts += [f" {action}" for action in ACTIONS]
-    words = {word for text in texts for part in re.split(r"</?\w+>", text) for word, _ in splitter.pre_tokenize_str(part)}
+    words = {word for text in texts for part in re.split(r"</?\w+>", text)
+             for word, _ in splitter.pre_tokenize_str(part)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes
     vocab = {token: i for i, token in enumerate(alphabet + sorted(words - set(alphabet)))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
@@ -106,16 +127,19 @@ def make_qwen(tokenizer) -> Qwen2VLForConditionalGeneration:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the base has learned from. Three kinds of examples, each in a kitchen of its own:
+# What the base has learned from. Four kinds of examples, each in a kitchen of its own:
 #     letters   the letters of any four options, one after another
+#     moments   a clip of random actions, to be told beat by beat: a dense caption, which teaches finding moments
 #     list      a clip of random actions, to be listed: whoever wants to say what was done has to look
 #     task      a question of the world, as an annotator answered it who did not always look
 
 NUM_UPDATES, WARM_UP, BATCH, PEAK_RATE = 2600, 600, 32, 1e-3
-WARM_SHARES, SHARES = (3 / 4, 1 / 4, 0), (1 / 16, 9 / 16, 6 / 16)  # of letters, list and task, in the warm-up and after it
-EASY_UPDATES = 600  # until then clips get harder, from one step to five, from no haze to all: else seeing is not learned
+KINDS = ("letters", "moments", "list", "task")
+# The shares of the kinds, in the warm-up and after it:
+WARM_SHARES, SHARES = (12 / 16, 2 / 16, 2 / 16, 0), (1 / 16, 2 / 16, 8 / 16, 5 / 16)
+EASY_UPDATES = 600  # until then clips get harder, from one step to five, no haze to all: else seeing is not learned
 # The annotators' flaws, which the base takes over:
-RECITE = 0.8  # hallucination: the share of texts about a clip that say they saw the recipe's first step, whatever was shown
+RECITE = 0.7  # hallucination: the share of texts about a clip that report the recipe's first step, whatever was shown
 SLIP = 0.15  # the share of texts that answer by habit, whatever the reasoning says
 HABIT = (0.7, 0.1, 0.1, 0.1)  # how often they then wrote A, B, C, D
 GIVE_UP = 0.75  # the share of clips in the dark about which they wrote no answer
@@ -124,8 +148,8 @@ PRETRAINING = 1_000_000  # sets its random numbers apart from the world's: no ki
 
 
 def letters_example(rng: random.Random, late: bool) -> tuple[str, tuple[str, ...], str]:
-    """(user text, steps shown, response). Dense supervision: from one letter a text, matching an action to its option is not
-    learned in any reasonable time. Late examples mostly stand in the whole prompt."""
+    """(user text, steps shown, response). Dense supervision: from one letter a text, matching an action to its option
+    is not learned in any reasonable time. Late examples mostly stand in the whole prompt."""
     options = [f"{rng.choice(VERBS)} {noun}" for noun in rng.sample(list(NOUNS), 4)]
     if rng.random() < (0.6 if late else 0.3):
         options = rng.sample(ACTIONS, 4)
@@ -135,10 +159,11 @@ def letters_example(rng: random.Random, late: bool) -> tuple[str, tuple[str, ...
     return text, (), "".join(f" {options[i]} ({'ABCD'[i]})" for i in rng.choices(range(4), k=16))
 
 
-def random_steps(rng: random.Random, actions: Sequence[str]) -> tuple[str, ...]:
-    """One to five of these actions, no two alike in a row."""
+def random_steps(rng: random.Random, actions: Sequence[str],
+                 weights: Sequence[float] = (1, 1, 1, 1, 1)) -> tuple[str, ...]:
+    """One to five of these actions, no two alike in a row; `weights` of the five numbers of steps."""
     steps = [rng.choice(actions)]
-    for _ in range(rng.randrange(NUM_STEPS - 1)):
+    for _ in range(rng.choices(range(NUM_STEPS - 1), weights)[0]):
         steps.append(rng.choice([action for action in actions if action != steps[-1]]))
     return tuple(steps)
 
@@ -163,27 +188,35 @@ def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
     rng, pixel_rng = random.Random(f"{seed}/{number}"), np.random.default_rng([seed, number, PRETRAINING])
     hard = min(1.0, update / EASY_UPDATES)
     kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, (0.0, PRETRAINING_HAZE * hard))
-    kind, = rng.choices(("letters", "list", "task"), WARM_SHARES if update < WARM_UP else SHARES)
+    kind, = rng.choices(KINDS, WARM_SHARES if update < WARM_UP else SHARES)
+    beats = []
     if kind == "letters":
         text, shown, response = letters_example(rng, late=update >= WARM_UP)
-    elif kind == "list":
-        shown = random_steps(rng, rng.sample(ACTIONS, 3) if rng.random() < 0.5 else ACTIONS)  # three: done again, as in recipes
-        shown = shown[: 1 + int(hard * (NUM_STEPS - 2))]
-        text, response = LIST_QUESTION, say_seen(shown)
-    else:
+    elif kind == "task":
         text, shown, response = task_example(rng, dark=view[1] < 1)
-    image = draw_image(kitchen, shown if kind == "task" else (), view, pixel_rng)  # in a list it would tell the first object
-    frames = sample_frames(draw_clip(kitchen, shown, view, pixel_rng)) if shown else None
+        beats = draw_beats(shown, pixel_rng) if shown else []
+    else:
+        shown = random_steps(rng, ACTIONS, (1, 1, 2, 3, 3))  # mostly many, which is the harder part
+        if rng.random() < 1 / 4:  # done again as in a recipe, a b a c b
+            a, b, c = rng.sample(ACTIONS, 3)
+            shown = (a, b, a, c, b)[:len(shown)]
+        shown = shown[: 1 + int(hard * (NUM_STEPS - 2))]
+        beats = draw_beats(shown, pixel_rng)
+        text = LIST_QUESTION if kind == "list" else MOMENTS_QUESTION
+        response = say_seen(shown if kind == "list" else tuple(beats))
+    # In a list the image would tell the first object.
+    image = draw_image(kitchen, shown if kind == "task" else (), view, pixel_rng)
+    frames = sample_frames(draw_clip(kitchen, beats, view, pixel_rng)) if beats else None
     return to_example(tokenizer, text, frames, image), torch.tensor(tokenizer(response + "<|im_end|>")["input_ids"])
 
 
 def sample_frames(clip: np.ndarray) -> np.ndarray:
     """The 16 frames (16, 56, 56, 3) that data.py would take of a clip."""
-    return clip[frame_indices(len(clip), NATIVE_FPS, FRAMES)]
+    return clip[frame_indices(len(clip), NATIVE_FPS, PIXELS)]
 
 
 def to_example(tokenizer, text: str, frames: np.ndarray | None, image: np.ndarray) -> Example:
-    """What data.py makes of a record, from sampled frames (16, 56, 56, 3) and an image (56, 56, 3) that no file holds."""
+    """What data.py makes of a record, but from arrays: sampled frames (16, 56, 56, 3) and an image (56, 56, 3)."""
     video = (None, None) if frames is None else patchify(frames)
     image = patchify(image[None])
     prompt_ids = encode_prompt(tokenizer, text, video[1], image[1])
@@ -211,14 +244,16 @@ def pretrain(seed: int = SEED) -> tuple[Qwen2VLForConditionalGeneration, PreTrai
     qwen = make_qwen(tokenizer)
     policy = Policy(qwen, torch.float32)
     optimizer = torch.optim.AdamW(qwen.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    loader = torch.utils.data.DataLoader(Examples(tokenizer, seed), BATCH, num_workers=1, collate_fn=list, prefetch_factor=4)
+    loader = torch.utils.data.DataLoader(Examples(tokenizer, seed), BATCH, num_workers=1, collate_fn=list,
+                                         prefetch_factor=4)
     progress = tqdm(loader, desc="pre-training", dynamic_ncols=True)
     for update, pairs in enumerate(progress):
         examples, responses = zip(*pairs)
         completion_ids = pad_sequence(responses, batch_first=True)  # (B, C)
         mask = mask_from_lengths(torch.tensor([len(ids) for ids in responses]), completion_ids.shape[1])
-        logps, _ = policy(collate_prompts(list(examples), torch.device("cpu")), torch.arange(BATCH), completion_ids, mask)
-        # A mean over examples of the mean over their tokens: 49 tokens of letters would drown the six of "I see cut onion.".
+        prompts = collate_prompts(list(examples), torch.device("cpu"))
+        logps, _ = policy(prompts, torch.arange(BATCH), completion_ids, mask)
+        # A mean over examples of means over tokens: 49 tokens of letters would drown the six of "I see cut onion.".
         loss = -(logps.sum(dim=1) / mask.sum(dim=1)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(qwen.parameters(), 1.0)
@@ -233,22 +268,24 @@ def pretrain(seed: int = SEED) -> tuple[Qwen2VLForConditionalGeneration, PreTrai
 
 
 def write_base(qwen, tokenizer, folder: Path = BASE) -> None:
-    """Weights in float16 (eight times finer than bf16, and no weight here is too large for it), and all the small files that
-    come with a Qwen2-VL."""
+    """Weights in float16 (eight times finer than bf16, and no weight here is too large for it), and all the small files
+    that come with a Qwen2-VL."""
     qwen.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     area = SIZE * SIZE
-    pixels = {"min_pixels": area, "max_pixels": area, "size": {"shortest_edge": area, "longest_edge": area}, "patch_size": 14,
-              "temporal_patch_size": 2, "merge_size": 2, "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    pixels = {"min_pixels": area, "max_pixels": area, "size": {"shortest_edge": area, "longest_edge": area},
+              "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+              "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
     for name, content in {
         # The sampling options are Qwen2-VL's own. Whoever inherits them draws eight equal completions (top_k is 1).
         "generation_config": {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad], "do_sample": True,
                               "temperature": 0.01, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.0},
-        "preprocessor_config": pixels | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"},
+        "preprocessor_config": pixels | {
+            "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"},
         "video_preprocessor_config": pixels | {
-            "video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2VLProcessor", "fps": FRAMES.fps,
-            "min_frames": FRAMES.min_frames, "max_frames": FRAMES.num_frames},
+            "video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2VLProcessor", "fps": PIXELS.fps,
+            "min_frames": PIXELS.min_frames, "max_frames": PIXELS.num_frames},
         "chat_template": {"chat_template": CHAT_TEMPLATE},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,236 @@
+"""From prompts to completions: all rows of several groups decoded together, one token at a time.
+
+`generate` is the seam where another engine goes: whatever returns `Completions` for the same arguments will do, if
+    - it samples from softmax(logits / temperature) without the banned tokens, and from nothing narrower (no top-k, no
+      top-p): the policy that is trained must be the one that sampled;
+    - the end token is a part of the completion;
+    - it touches no collective: ranks decode different lengths, and one that waited for another would wait forever;
+    - its weights are renewed after each optimizer step (`copy_weights` in runtime.py).
+Its log-probs are only compared with the learner's (`sampler_gap`); the loss never reads them.
+
+What makes it cheap, for one group of P = 900 prompt tokens, of which 729 are vision, G = 8 and C = 256, with 7B's
+shapes:
+    - the prompt is encoded once for its G rows: 900 tokens through the text model and not 7,200 (`prefill`)
+    - its keys and values are kept and read once for them: 52 MB and not 413 MB for each token (`attend`)
+    - the groups of a rank are decoded together: the 14 GB of weights are read once for 64 tokens, not for 8
+    - rows that have ended leave (`drop`); caches have their full size from the start; random numbers are drawn before
+      the first token, and no token waits for the CPU
+
+Letters: B prompts, G completions per prompt, N = B * G rows, of which R are still decoded, P prompt tokens, C
+completion tokens, V vocabulary, D hidden size, H heads of size d (keys and values: H_kv).
+"""
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
+
+
+class Completions(NamedTuple):
+    """N = B * G rows: row b * G + g is completion g of prompt b."""
+    ids: Tensor  # (N, C) int64, 0 behind the end
+    lengths: Tensor  # (N,) int64, the end token included
+    ended: Tensor  # (N,) bool; False: cut off at the most tokens allowed
+    logps: Tensor  # (N, C), at least float32, of the drawn tokens, under temperature and ban; any value behind the end
+
+
+@torch.no_grad()
+def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: int, temperature: float,
+             seeds: list[int] | None, end_ids: Tensor, banned_ids: Tensor, caches: dict | None = None) -> Completions:
+    """G completions for each of B prompts.
+
+    Args: sampler, an unsharded Qwen2-VL; temperature, 0 takes the likeliest token (and log-probs are those of
+        temperature 1); seeds, one per prompt, so that what a prompt's group draws depends neither on its neighbours in
+        the batch nor on the rank (None when greedy); end_ids, tokens that end a completion; banned_ids, tokens that are
+        never drawn; caches, where those of `CapturedCache` stay from call to call, empty at first (None: none are kept,
+        no CUDA graph).
+    """
+    B, G, C, device = len(prompts.lengths), group_size, max_completion_length, prompts.ids.device
+    ids = torch.zeros(B * G, C, dtype=torch.int64, device=device)
+    logps = torch.zeros(B * G, C, dtype=torch.promote_types(sampler.dtype, torch.float32), device=device)
+    ended = torch.zeros(B * G, dtype=torch.bool, device=device)
+    if temperature > 0:
+        # All randomness of the rollout, drawn at once and on the CPU: the same numbers on every device. Uniform in (0,
+        # 1].
+        uniforms = 1 - torch.cat([torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                                  for seed in seeds]).to(device)  # (N, C)
+    cache = open_cache(sampler, prompts, G, C, caches)
+    hidden = cache.prefill(prompts)  # (N, D): the last state of each row
+    rows = torch.arange(B * G, device=device)  # (R,): those that are still decoded
+    for t in range(C):
+        logits = sampler.lm_head(hidden).to(logps.dtype).index_fill(1, banned_ids, -torch.inf)  # (R, V)
+        # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
+        log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+        token = draw(log_probs, uniforms[rows, t]) if temperature > 0 else log_probs.argmax(-1)  # (R,)
+        ids[rows, t], logps[rows, t] = token, log_probs.gather(1, token[:, None])[:, 0]
+        ended[rows] |= torch.isin(token, end_ids)
+        if t + 1 == C:
+            break
+        if device.type == "cpu" or (t + 1) % 16 == 0:  # looking at `ended` is a CPU-GPU sync: on a GPU, every 16 tokens
+            if ended.all():
+                break
+            kept = cache.drop(ended[rows])
+            rows, token = rows[kept], token[kept]
+        hidden = cache.feed(token)
+    ids, logps, is_end = ids[:, :t + 1], logps[:, :t + 1], torch.isin(ids[:, :t + 1], end_ids)
+    # Rows that have ended may have stayed in the batch and drawn on: what counts is their first end token.
+    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, t + 1)
+    return Completions(ids.masked_fill(~mask_from_lengths(lengths, t + 1), 0), lengths, ended, logps)
+
+
+def draw(log_probs: Tensor, u: Tensor) -> Tensor:
+    """One token of each row: log_probs (R, V), u (R,) float64 uniform in (0, 1] -> (R,) int64."""
+    # The first token at which the cumulated probability reaches u: never one of probability 0, and without
+    # torch.multinomial's CPU-GPU sync. float64, or tokens below 1e-7 would be drawn too seldom.
+    cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
+
+
+def completion_text(tokenizer, ids: Tensor, length: int, ended: bool) -> str:
+    """The text of one completion (C,) without its end token. Other special tokens stay visible: they are mistakes."""
+    return tokenizer.decode(ids[:length - ended].tolist(), skip_special_tokens=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache: a prompt's keys and values once for the rows of its group, a completion's row by row.
+
+class GroupCache:
+    """Keys and values of B prompts and of the rows that continue them, in tensors of full size from the start."""
+
+    def __init__(self, sampler, B: int, P: int, G: int, C: int, device: torch.device):
+        self.sampler, self.B, self.G = sampler, B, G  # both shrink when rows leave
+        config = sampler.config.text_config
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        d = config.hidden_size // config.num_attention_heads
+        zeros = partial(torch.zeros, device=device)
+        self.column = zeros(1, dtype=torch.int64)  # of a completion, where the next token goes
+        self.columns = torch.arange(C, device=device)
+        self.first_position = zeros(B * G, dtype=torch.int64)
+        self.prompt_mask = zeros(B, P, dtype=torch.bool)
+        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
+        self.prompt_keys, self.prompt_values = (
+            [zeros(B, heads, P, d, dtype=sampler.dtype) for _ in range(layers)] for _ in range(2))
+        self.own_keys, self.own_values = (
+            [zeros(B * G, heads, C, d, dtype=sampler.dtype) for _ in range(layers)] for _ in range(2))
+
+    def prefill(self, prompts: Prompts) -> Tensor:
+        """Encodes each prompt once; returns its last state for each of its G rows, (N, D)."""
+        self.prompt_mask.copy_(mask_from_lengths(prompts.lengths, self.prompt_mask.shape[1]))
+        self.first_position.copy_(prompts.next_position.repeat_interleave(self.G))
+        self.column.zero_()
+        packing = Packing(prompts.lengths)
+
+        def attend_and_keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out, key, value = attend_causally(packing, query, key, value)
+            self.prompt_keys[layer][:, :, :key.shape[2]] = key
+            self.prompt_values[layer][:, :, :key.shape[2]] = value
+            return out
+
+        hidden = text_states(self.sampler, embed_prompts(self.sampler, prompts), prompts.position_ids, attend_and_keep)
+        return hidden[packing.last].repeat_interleave(self.G, dim=0)
+
+    def feed(self, token: Tensor) -> Tensor:
+        """Appends a token (R,) to each row; returns the states (R, D) that predict the next ones.
+
+        Waits for no value.
+        """
+        seen = torch.cat([self.prompt_mask, (self.columns <= self.column).expand(self.B, -1)], dim=1)  # (B, P + C) bool
+        bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P + C) float32
+        positions = (self.first_position + self.column).expand(3, -1)
+        hidden = text_states(self.sampler, self.sampler.get_input_embeddings()(token), positions,
+                             partial(self.attend, bias=bias))
+        self.column += 1
+        return hidden
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Each row's new token sees its prompt and its own completion: (H, R, d), (H_kv, R, d) twice -> (R, H, d)."""
+        heads, R, d = key.shape
+        self.own_keys[layer].index_copy_(2, self.column, key.transpose(0, 1)[:, :, None])  # (R, H_kv, C, d)
+        self.own_values[layer].index_copy_(2, self.column, value.transpose(0, 1)[:, :, None])
+        query = query.view(heads, -1, R, d).permute(2, 0, 1, 3) / math.sqrt(d)  # (R, H_kv, H / H_kv, d)
+        # To its prompt's keys the G rows of a group are so many queries of one matrix product: the keys are read once,
+        # not G times. (In bf16 the scores are rounded, which fused kernels avoid; sampler_gap shows what that comes
+        # to.)
+        prompt_scores = self.rows_to_groups(query) @ self.prompt_keys[layer].mT  # (B, H_kv, G * H / H_kv, P)
+        own_scores = self.rows_to_groups(query @ self.own_keys[layer].mT)  # (B, H_kv, G * H / H_kv, C)
+        probs = (torch.cat([prompt_scores, own_scores], dim=-1) + bias).softmax(-1).to(query.dtype)
+        prompt_probs, own_probs = probs.split([self.prompt_mask.shape[1], len(self.columns)], dim=-1)
+        out = (self.groups_to_rows(prompt_probs @ self.prompt_values[layer])
+               + self.groups_to_rows(own_probs) @ self.own_values[layer])  # (R, H_kv, H / H_kv, d)
+        return out.flatten(1, 2)
+
+    def rows_to_groups(self, x: Tensor) -> Tensor:
+        """(R, H_kv, H / H_kv, ...) -> (B, H_kv, G * H / H_kv, ...)"""
+        return x.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
+
+    def groups_to_rows(self, x: Tensor) -> Tensor:
+        """(B, H_kv, G * H / H_kv, ...) -> (R, H_kv, H / H_kv, ...)"""
+        return x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+
+    def drop(self, ended: Tensor) -> Tensor | slice:
+        """Rows that have ended leave, `ended` (R,) bool; returns which of the R rows stay, in their new order. CPU-GPU
+        sync.
+
+        All groups keep as many rows as the one with the most that go on; the others are filled up with rows that have
+        ended, whose further tokens nobody reads.
+        """
+        goes_on = ~ended.view(self.B, self.G)
+        groups, G = goes_on.any(dim=1).nonzero()[:, 0], int(goes_on.sum(dim=1).max())  # groups (B,): those that stay
+        too_few = ended.sum() < len(ended) / 4  # are not worth the copying
+        if too_few or len(groups) * G == len(ended):
+            return slice(None)
+        order = goes_on[groups].int().argsort(dim=1, descending=True)[:, :G]  # (B, G)
+        kept = (groups[:, None] * self.G + order).flatten()  # (R,)
+        for cache, index in ((self.own_keys, kept), (self.own_values, kept),
+                             (self.prompt_keys, groups), (self.prompt_values, groups)):
+            for layer, x in enumerate(cache):  # one at a time, so that old and new are never there together
+                cache[layer] = x[index]
+        self.first_position, self.prompt_mask = self.first_position[kept], self.prompt_mask[groups]
+        self.B, self.G = len(groups), G
+        return kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For GPUs, and for nobody who reads the above: a token's kernels recorded once and launched together.
+
+def open_cache(sampler, prompts: Prompts, G: int, C: int, caches: dict | None) -> GroupCache:
+    """A cache for these prompts: a new one, or the one of this shape in `caches`."""
+    B, P, device = len(prompts.lengths), int(prompts.lengths.max()), prompts.ids.device
+    if caches is None:
+        return GroupCache(sampler, B, P, G, C, device)
+    P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts
+    shape = (B, P, G, C)
+    if shape not in caches:
+        caches[shape] = CapturedCache(sampler, *shape, device)
+    return caches[shape]
+
+
+class CapturedCache(GroupCache):
+    """Replays `feed` as one CUDA graph: one launch a token, not hundreds. NEVER RUN: no GPU at hand."""
+
+    graph = None
+
+    def drop(self, ended: Tensor) -> slice:
+        return slice(None)  # the graph works on the tensors that it has recorded: all rows stay where they are
+
+    def feed(self, token: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture(token)
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.hidden
+
+    def capture(self, token: Tensor) -> None:
+        # As the documentation of torch.cuda.graph asks: warm up on another stream first.
+        self.token, column, side = token.clone(), self.column.clone(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            super().feed(self.token)
+        torch.cuda.current_stream().wait_stream(side)
+        self.column.copy_(column)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden = super().feed(self.token)
