@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SEEDS = 0 1 2
 LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
-FRESH = $(foreach level,L1 L2 L3,annotations/fresh1_$(level).jsonl)
+FRESH = $(foreach level,L1 L2 L3,annotations/fresh2_$(level).jsonl)
 
 .PHONY: test lint demo results clean
 
@@ -35,7 +35,7 @@ demo: .venv/installed
 	$(BIN)/python docs/results.py out/demo
 
 results: .venv/installed
-	$(BIN)/python toy.py --fresh 1
+	$(BIN)/python toy.py --fresh 2
 	for video in full text_only blank random shuffled reversed single_frame; do \
 	$(evaluate) out/results/base/$$video --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done
 	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank"; do set -- $$run; \

@@ -8,7 +8,7 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
     answers   a completion -> the letter that it answers with, or None, and whether it is right
     order     which questions belong to a step follows from its number; worker processes prepare them ahead of training
     decoding  one clip, in a child process, since decord can hang or crash
-    files     JSONL, or a JSON list, in one of four shapes -> `Question`
+    files     JSONL, or a JSON list, in one of five shapes -> `Question`
 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
@@ -47,7 +47,7 @@ class Question:
     answer: str = ""  # training: the text of the right action
     negatives: tuple[str, ...] = ()  # training: the texts of wrong actions
     options: tuple[str, ...] = ()  # validation, LongVideoBench: fixed options, in order
-    gold: str = ""  # validation, LongVideoBench: the letter of the right one
+    gold: str = ""  # validation, LongVideoBench: the letter of the right one; free-form: the right answer
     response: str = ""  # SFT: the whole assistant text, reasoning and answer
     group: str = ""  # `domain` (L3), `duration_group` (LongVideoBench)
     goal: str = ""  # `task_goal`
@@ -82,8 +82,7 @@ class PixelSettings:
 
 
 # What the model gets to see (--video): the clip, or a control that could show that it does not need it. All but
-# text_only change the clip alone; the image stays. The names are those of TVBench (arXiv 2410.07752), arXiv 2604.03179
-# and Video-R1.
+# text_only change the clip alone; the image stays. Names: TVBench (arXiv 2410.07752), 2604.03179, Video-R1.
 VIDEO = {
     "full": "the clip",
     "text_only": "neither clip nor image",
@@ -100,7 +99,7 @@ class Example:
     """A Question ready for the model; all tensors on the CPU."""
     question: Question
     options: tuple[str, ...]
-    gold: str  # the letter of the right option; "" for SFT
+    gold: str  # the letter of the right option; for a free-form question the right answer; "" for SFT
     prompt_text: str  # the text of the user turn
     prompt_ids: Tensor  # (P,) int64
     position_ids: Tensor  # (3, P) int64
@@ -137,10 +136,12 @@ class VideoDataset(torch.utils.data.Dataset):
         return len(self.questions)
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
+        """(epoch, index) -> Example, the video as patches, which `embed_prompts` (model.py) puts into the prompt."""
         epoch, index = key
         question = self.questions[index]
         options, gold = build_options(question, self.seed, epoch)
-        text = user_text(question.text, options)
+        free_form = gold and not options
+        text = f"{question.text}\n{FREE_FORM_INSTRUCTION}" if free_form else user_text(question.text, options)
         no_ids = torch.empty(0, dtype=torch.int64)
         example = Example(question, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
         if self.video != "text_only":
@@ -325,6 +326,7 @@ def rope_positions(prompt_ids: Tensor, grids: list[Tensor], image_token_id: int,
 
 NUM_NEGATIVES = 3  # four options as in the validation files, so that chance is 25%
 INSTRUCTION = "Output the reasoning in <think></think> and the letter of the final answer in <answer></answer>."
+FREE_FORM_INSTRUCTION = "Output the reasoning in <think></think> and the final answer in <answer></answer>."
 
 
 def build_options(question: Question, seed: int, epoch: int) -> tuple[tuple[str, ...], str]:
@@ -333,9 +335,8 @@ def build_options(question: Question, seed: int, epoch: int) -> tuple[tuple[str,
     Training: the answer and three distinct negatives (all, where there are fewer), shuffled. Validation: as they are in
     the file, never shuffled. SFT: ((), ""), its options are part of its text.
 
-    The draw follows from (seed, epoch, id) and from nothing else: it is the same on every rank, in every worker,
-    in whatever order questions are read, and after a resume. `hash` would not do, Python salts it anew in each process;
-    `Random` seeds itself from a string by SHA-512.
+    The draw follows from (seed, epoch, id) and from nothing else: the same on every rank, in every worker, after a
+    resume. (`hash` would not do, Python salts it anew in each process; `Random` takes a string's SHA-512.)
     """
     if not question.answer:
         return question.options, question.gold
@@ -362,41 +363,64 @@ ANSWER_BLOCK = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 LETTER_FORM = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\)?)[.:]?")  # (B)  [B]  B  B)  and a dot or colon behind
 
 
+def last_answer(completion: str) -> str | None:
+    """What stands in the last well-formed <answer>...</answer> (exact tags, no answer tag inside), or None."""
+    blocks = ANSWER_BLOCK.findall(completion)
+    return blocks[-1].strip() if blocks else None
+
+
+def loose(text: str) -> str:
+    """A text as a person compares it with another: in any case, with a full stop at its end or without."""
+    return text.strip().removesuffix(".").strip().casefold()
+
+
 def parse_answer(completion: str, options: tuple[str, ...]) -> str | None:
     """The letter that a completion answers with, or None.
 
-    The last well-formed <answer>...</answer> decides (exact tags, no answer tag inside). Stripped, it must be
+    The last answer decides. It must be, also between ** and **,
         the letter of an option, a capital, with a bracket, dot or colon or without    B   (B)   [B]   B)   B.   (B):
-        or the exact text of one option, and of no other                               grab onion
-        or one of these forms of the letter (not the bare one), then its exact text    B. grab onion
+        or the text of one option, and of no other                                     grab onion   Grab onion.
+        or one of these forms of the letter (not the bare one), then its text          B. grab onion
     All else is None: a word that begins with a letter, two letters, a small letter, the letter of no option.
     """
-    blocks = ANSWER_BLOCK.findall(completion)
-    answer = blocks[-1].strip() if blocks else ""
+    answer = last_answer(completion) or ""
+    bold = re.fullmatch(r"\*\*(.+)\*\*", answer, re.DOTALL)
+    if bold and answer not in options:
+        answer = bold[1].strip()
     by_letter = dict(zip(string.ascii_uppercase, options))
     match = LETTER_FORM.match(answer)
-    letter, rest = (match[1] or match[2] or match[3], answer[match.end() :]) if match else ("", "")
+    letter, rest = (match[1] or match[2] or match[3], answer[match.end():].strip()) if match else ("", "")
     if match and not rest:
         return letter if letter in by_letter else None
-    readings = {key for key, option in by_letter.items() if option == answer}
-    # Not a bare letter: "A knife" does not begin with the letter of an option.
-    if match and match.group() != letter and by_letter.get(letter) == rest.strip():
-        readings.add(letter)
-    return readings.pop() if len(readings) == 1 else None
+    if not loose(answer):
+        return None
+    for form in (str, loose):  # word for word, then as a person would
+        readings = {key for key, option in by_letter.items() if form(option) == form(answer)}
+        # Not a bare letter: "A knife" does not begin with the letter of an option.
+        if match and match.group() != letter and letter in by_letter and form(by_letter[letter]) == form(rest):
+            readings.add(letter)
+        if readings:
+            return readings.pop() if len(readings) == 1 else None
+    return None
 
 
 def first_letter(completion: str, options: tuple[str, ...]) -> str | None:
     """The published grading, kept for parity with published numbers only: the first character of the first <answer>
     block, so that "Apple" is A and "(A)" is nothing."""
-    match = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    letter = match[1].strip()[:1] if match else ""
-    return letter if letter in list(string.ascii_uppercase[: len(options)]) else None
+    answer, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
+    letter = answer.strip()[:1] if closed else ""
+    return letter if letter in list(string.ascii_uppercase[:len(options)]) else None
 
 
 def grade(completion: str, example: Example, parse=parse_answer) -> tuple[str | None, bool]:
     """(the answer that was parsed, whether it is the right one): the one judge of both reward and evaluation."""
-    parsed = parse(completion, example.options)
-    return parsed, parsed == example.gold
+    if example.options:
+        parsed = parse(completion, example.options)
+        return parsed, parsed == example.gold
+    # ABLATE: free-form answers. Right is what equals the reference, but for case and a full stop; for numbers, units or
+    # several right answers, a comparison of your own goes here.
+    parsed = last_answer(completion) or None
+    return parsed, parsed is not None and loose(parsed) == loose(example.gold)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,6 +483,7 @@ def read_image(path: Path, settings: PixelSettings) -> np.ndarray:
 
 
 def decode_video(path: Path, settings: PixelSettings) -> np.ndarray:
+    """An mp4 file -> (F, H, W, 3) uint8 RGB, in this process. Raises whatever decord raises, if it lives to do so."""
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     indices = frame_indices(len(reader), reader.get_avg_fps(), settings)
     return np.stack([resize(Image.fromarray(frame), settings) for frame in reader.get_batch(indices).asnumpy()])
@@ -468,8 +493,7 @@ def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
     """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
 
     A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names
-    do not know this code: empty the folder after changing how frames are picked or resized. Raises OSError if it cannot
-    be written.
+    do not know this code: empty it after changing how frames are picked or resized. OSError if it cannot be written.
     """
     if not settings.cache or not path.exists():
         return read_video(path, settings)
@@ -519,8 +543,7 @@ def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
 
 
 def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
-    """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal, if it crashed or was
-    late.
+    """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal for a crash.
 
     On a corrupt file decord may wait forever, eat memory or end the process, so every clip is decoded in a child of its
     own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The alarm
@@ -552,7 +575,7 @@ def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
 # Files: a record becomes a question, and whatever is wrong with it is said with its place and its fix.
 
 def load_questions(path: str | Path, data_root: str | Path) -> list[Question]:
-    """Read a dataset file (JSONL, or one JSON list) of any of the four shapes.
+    """Read a dataset file (JSONL, or one JSON list) of any of the five shapes.
 
     `data_root` holds videos/ and images/; a relative `path` is looked up there too (annotations/training_6k.jsonl).
     Raises ValueError with file, line (or record) number, field, value and fix for anything malformed. A video that is
@@ -575,6 +598,8 @@ def load_questions(path: str | Path, data_root: str | Path) -> list[Question]:
     for number, record in records:
         try:
             question = read_record(record, number, root)
+            if len(set(question.options)) < len(question.options):
+                raise ValueError(f"the options {question.options} are not all different; give each its own text")
             if question.id in questions:
                 raise ValueError(f"the id {question.id!r} has been used before; give every record its own")
         except ValueError as error:
@@ -584,6 +609,7 @@ def load_questions(path: str | Path, data_root: str | Path) -> list[Question]:
 
 
 def parse_json(text: str, place: str | Path) -> object:
+    """The value of a JSON text, without keys that are null; ValueError with `place` if it is none."""
     try:  # Table libraries give every object every key of the table, and null to most: a null key counts as absent.
         return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if v is not None})
     except (json.JSONDecodeError, RecursionError) as error:
@@ -593,12 +619,9 @@ def parse_json(text: str, place: str | Path) -> object:
 def leave_out(questions: list[Question], evaluations: list[str]) -> list[Question]:
     """The questions that not every one of these evaluations of their file answered right, in their order.
 
-    For --leave_out: a question that is answered without looking teaches a policy not to look. `evaluations` are paths
-    of evaluate.py's samples.jsonl, matched by id and by the names of video and image (ids are often plain numbers,
-    which every file has). One run with --video text_only is right on one in four by luck; of several, with different
-    --seed and so other option orders, only what all of them answered is left out.
-    Raises ValueError if records have no ids, an evaluation is not of these questions or is named twice, or nothing is
-    left.
+    A question that is answered without looking teaches a policy not to look. `evaluations` are paths of evaluate.py's
+    samples.jsonl, matched by id and by the names of video and image (ids are often plain numbers).
+    Raises ValueError if records have no ids, an evaluation is of other questions or named twice, or nothing is left.
     """
     if not evaluations:
         return questions
@@ -643,15 +666,18 @@ def read_record(record: object, number: int, root: Path) -> Question:
         return validation_question(record, root)
     if "answer" in record or "negative_answers" in record:
         return training_question(record, root)
+    if "reference" in record:
+        return free_form_question(record, root)
     raise ValueError(f"the record has the keys {sorted(record)!r:.200}; it must have those of one of the shapes "
                      "SFT (prompt, response), LongVideoBench (candidates, correct_choice, video_path), "
-                     "validation (choice_a .. choice_d, golden_choice_idx) or training (answer, negative_answers)")
+                     "validation (choice_a .. choice_d, golden_choice_idx), training (answer, negative_answers) or "
+                     "free-form (reference, video_path)")
 
 
 def training_question(record: dict, root: Path) -> Question:
     """SEED-Bench-R1's training_6k.jsonl."""
-    answer = one_line(text_field(record, "answer"))
-    negatives = tuple(map(one_line, texts_field(record, "negative_answers")))
+    answer = one_line(field(record, "answer", *TEXT))
+    negatives = tuple(map(one_line, field(record, "negative_answers", *TEXTS)))
     if set(negatives) == {answer}:
         raise ValueError(f"field 'negative_answers' has nothing but the answer {answer!r}; give a wrong action")
     return seed_bench_question(record, root, answer=answer, negatives=negatives)
@@ -659,24 +685,25 @@ def training_question(record: dict, root: Path) -> Question:
 
 def validation_question(record: dict, root: Path) -> Question:
     """SEED-Bench-R1's validation_L1.jsonl, L2, L3."""
-    options = tuple(one_line(text_field(record, f"choice_{letter}")) for letter in "abcd")
+    options = tuple(one_line(field(record, f"choice_{letter}", *TEXT)) for letter in "abcd")
     gold = field(record, "golden_choice_idx", lambda v: v in ("A", "B", "C", "D"), "'A', 'B', 'C' or 'D'")
-    domain = text_field(record, "domain", optional=True)
+    domain = field(record, "domain", *TEXT, optional=True)
     return seed_bench_question(record, root, options=options, gold=gold, group=domain)
 
 
 def seed_bench_question(record: dict, root: Path, **choice) -> Question:
     """What the training and the validation files of SEED-Bench-R1 share."""
-    source, image = text_field(record, "video_source"), text_field(record, "current_observation_basename")
+    source, image = field(record, "video_source", *TEXT), field(record, "current_observation_basename", *TEXT)
     # The clips are already cut, so the frame numbers of the steps are not used.
     steps = field(record, "task_progress_metadata",
                   lambda v: is_objects(v) and all(is_text(step.get("narration_text")) for step in v),
                   "a list of objects with a 'narration_text', empty if there is no video")
-    video = text_field(record, "video_basename", optional=True)
+    video = field(record, "video_basename", *TEXT, optional=True)
     if steps and not video:
         raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their clip")
     return Question(
-        id=id_field(record, "sample_id"), text=text_field(record, "question"), goal=text_field(record, "task_goal"),
+        id=str(field(record, "sample_id", *ID)), text=field(record, "question", *TEXT),
+        goal=field(record, "task_goal", *TEXT),
         progress=tuple(step["narration_text"] for step in steps),
         video=inside(root, "video_basename", "videos", source, video) if steps else None,
         image=inside(root, "current_observation_basename", "images", source, image), **choice)
@@ -684,22 +711,31 @@ def seed_bench_question(record: dict, root: Path, **choice) -> Question:
 
 def long_video_question(record: dict, root: Path) -> Question:
     """LongVideoBench's lvb_val.json, and the shape for multiple choice of one's own without an image."""
-    options = tuple(map(one_line, texts_field(record, "candidates", 2, 5)))
+    options = tuple(map(one_line, field(record, "candidates", *CHOICES)))
     gold = field(record, "correct_choice", lambda v: type(v) is int and v >= 0, "an integer from 0")
     if gold >= len(options):
         raise ValueError(f"field 'correct_choice' is {gold}; it must be below the number of candidates")
     return Question(
-        id=id_field(record, "id"), text=text_field(record, "question"),
-        options=options, gold=string.ascii_uppercase[gold], group=id_field(record, "duration_group", optional=True),
-        video=inside(root, "video_path", "videos", text_field(record, "video_path")), image=None)
+        id=str(field(record, "id", *ID)), text=field(record, "question", *TEXT),
+        options=options, gold=string.ascii_uppercase[gold],
+        group=str(field(record, "duration_group", *ID, optional=True)),
+        video=inside(root, "video_path", "videos", field(record, "video_path", *TEXT)), image=None)
+
+
+def free_form_question(record: dict, root: Path) -> Question:
+    """A question of one's own whose answer is no option: `reference` is the right answer, which `grade` compares."""
+    reference = field(record, "reference", lambda v: is_text(v) and loose(v), "a text that is not only a full stop")
+    return Question(
+        id=str(field(record, "id", *ID)), text=field(record, "question", *TEXT), gold=reference,
+        video=inside(root, "video_path", "videos", field(record, "video_path", *TEXT)), image=None)
 
 
 def sft_question(record: dict, number: int, root: Path) -> Question:
     """SEED-Bench-R1's training_with_cot_6k.jsonl: chat messages and the teacher's response."""
     text, video, image = read_messages(field(record, "prompt", is_objects, "a list of chat messages"))
-    name = id_field(record, "sample_id", optional=True)
+    name = str(field(record, "sample_id", *ID, optional=True))
     return Question(
-        id=name or str(number), has_id=name != "", text=text, response=text_field(record, "response"),
+        id=name or str(number), has_id=name != "", text=text, response=field(record, "response", *TEXT),
         video=inside(root, "prompt", video) if video else None,
         image=inside(root, "prompt", image) if image else None)
 
@@ -731,10 +767,30 @@ def read_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
     return found["text"], found.get("video"), found.get("image")
 
 
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def is_id(value: object) -> bool:
+    return type(value) is int or is_text(value)  # not isinstance, because True is an int as well
+
+
+# What a field may hold, and how that is said.
+TEXT, TEXTS = (is_text, "a non-empty string"), (is_texts, "a list of one or more non-empty strings")
+CHOICES = lambda value: is_texts(value) and 2 <= len(value) <= 5, "a list of 2 to 5 non-empty strings"
+ID = is_id, "an integer or a non-empty string"
+
+
 def field(record: dict, name: str, holds, wanted: str, optional: bool = False):
-    """record[name], for which `holds` is true and which has no special token in it;
-    "" if it is optional and not there.
-    """
+    """record[name], for which `holds` is true and which has no special token in it; "" if optional and not there."""
     if optional and record.get(name, "") == "":
         return ""
     if name not in record:
@@ -744,33 +800,6 @@ def field(record: dict, name: str, holds, wanted: str, optional: bool = False):
     if found := FORBIDDEN.search(json.dumps(record[name], ensure_ascii=False)):
         raise ValueError(f"field {name!r} has {found.group()!r} in its text; take it out or spell it differently")
     return record[name]
-
-
-def text_field(record: dict, name: str, optional: bool = False) -> str:
-    return field(record, name, is_text, "a non-empty string", optional)
-
-
-def texts_field(record: dict, name: str, least: int = 1, most: float = math.inf) -> list[str]:
-    def holds(value):
-        return isinstance(value, list) and least <= len(value) <= most and all(map(is_text, value))
-
-    count = f"{least} or more" if most == math.inf else f"{least} to {most}"
-    return field(record, name, holds, f"a list of {count} non-empty strings")
-
-
-def id_field(record: dict, name: str, optional: bool = False) -> str:
-    def holds(value):
-        return type(value) is int or is_text(value)  # not isinstance, because True is an int as well
-
-    return str(field(record, name, holds, "an integer or a non-empty string", optional))
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_objects(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def one_line(text: str) -> str:

@@ -2,8 +2,8 @@
 
     python evaluate.py                                          # the toy world's base model
     python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_grpo --compare out/toy_eval
-    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_eval_blind --compare out/toy_eval_grpo --video
-    random torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
+    python evaluate.py --model out/toy_grpo/final --output_dir out/toy_blind --compare out/toy_eval_grpo --video random
+    torchrun --nproc_per_node 8 evaluate.py --model out/grpo/final --data_root DIR --output_dir out/eval_grpo \
         --eval_files annotations/validation_L1.jsonl annotations/validation_L2.jsonl annotations/validation_L3.jsonl
 
 Every question of a file stays in the denominator: an answer that does not parse is wrong, and so is a question whose
@@ -13,8 +13,7 @@ random (or another control) and --compare the two.
 
 Written to --output_dir:
     results.json     every setting, library versions and the table, as numbers
-    samples.jsonl    one line per question: response, parsed letter, gold, ... from which any number can be computed
-                     again
+    samples.jsonl    one line per question: response, parsed letter, gold, ...: from it any number can be computed
 
 References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar
 (1947) for two models on the same questions, Agresti and Min (2005) for the interval of their difference. LongVideoBench
@@ -48,8 +47,9 @@ class Args(RunArgs):
     output_dir: str = arg("out/eval", "results.json and samples.jsonl go here")
     compare: str = arg("", "output_dir of another evaluation of the same files (other model or --video): paired tests")
     grader: str = arg("strict", "strict, or first_letter for parity with published numbers")
-    max_completion_length: int = arg(256, "most tokens of a completion, end token included", 1)
-    batch_size: int = arg(16, "prompts decoded together on a rank: memory against speed, results differ by rounding", 1)
+    max_completion_length: int = arg(256, "most tokens of a completion, end token included", least=1)
+    batch_size: int = arg(16, "prompts decoded together on a rank: memory against speed; results differ by rounding",
+                          least=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +59,7 @@ class Args(RunArgs):
             raise ValueError(f"--grader {self.grader!r}: must be one of {', '.join(PARSERS)}")
 
 
-# What differs for the toy world (used when --data_root is not given; flags that are given win).
+# Defaults in place of those above for a small model (`is_small` in runtime.py); flags that are given win.
 TOY = dict(image_size=56, max_completion_length=64, batch_size=64, frame_cache="out/toy_frames",
            output_dir="out/toy_eval")
 
@@ -121,8 +121,7 @@ def make_record(example: Example, response: str, length: int, truncated: bool, a
 # Statistics.
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a proportion, as two numbers in 0..1. Unlike p +- 1.96 s it holds near 0 and 1, and for small
-    n.
+    """The 95% interval of a proportion, as two numbers in 0..1. Unlike p +- 1.96 s it holds near 0 and 1.
 
     Source: Wilson (1927). (0, 1) for n = 0.
     """
@@ -160,9 +159,7 @@ def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
 
 
 def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """(file, part) -> its records:
-    each file whole (""), with and without a clip where it has both, by domain or duration.
-    """
+    """(file, part) -> its records: whole (""), with and without a clip where it has both, by domain or duration."""
     found = {}
     for file in dict.fromkeys(r["file"] for r in records):
         of_file = [r for r in records if r["file"] == file]
@@ -176,11 +173,13 @@ def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
-def summarise(records: list[dict], video: str = "full") -> list[dict]:
-    """One row per file and part of it.
+def chance(records: list[dict]) -> float:
+    """The accuracy of a guess among the options; 0 where there are none."""
+    return sum(1 / len(r["options"]) for r in records if r["options"]) / len(records)
 
-    Published numbers stand beside those of a run that saw its clips, and nowhere else.
-    """
+
+def summarise(records: list[dict], video: str = "full") -> list[dict]:
+    """One row per file and part of it. Published numbers stand beside those of a run that saw its clips only."""
     rows = []
     for (file, part), of_part in parts(records).items():
         n, correct = len(of_part), sum(r["correct"] for r in of_part)
@@ -189,7 +188,7 @@ def summarise(records: list[dict], video: str = "full") -> list[dict]:
         rows.append({
             "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
             "wilson_low": low, "wilson_high": high,
-            "chance": sum(1 / len(r["options"]) for r in of_part) / n,
+            "chance": chance(of_part),
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
             "truncated_frac": sum(r["truncated"] for r in of_part) / n,
             "unreadable": sum(bool(r["error"]) for r in of_part),
@@ -198,8 +197,7 @@ def summarise(records: list[dict], video: str = "full") -> list[dict]:
 
 
 def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[dict]:
-    """Paired statistics per file and part between two evaluations of the same questions; ValueError if they are not the
-    same.
+    """Paired statistics per file and part between two evaluations of the same questions, else ValueError.
 
     If a saw the clips and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the
     share of answers that are not the same, says how much the clip matters at all (arXiv 2505.14405); and
@@ -219,7 +217,7 @@ def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[di
         only_a, only_b = count[True, False], count[False, True]
         missed, flips = only_a + count[False, False], sum(r["parsed"] != other["parsed"] for r, other in pairs)
         rows.append({
-            "file": file, "part": part, "n": n, "chance": sum(1 / len(r["options"]) for r in of_part) / n,
+            "file": file, "part": part, "n": n, "chance": chance(of_part),
             "both": count[True, True], "only_a": only_a, "only_b": only_b, "neither": count[False, False],
             "difference": (only_a - only_b) / n, "difference_interval": paired_interval(only_a, only_b, n),
             "mcnemar_p": mcnemar_p(only_a, only_b), "flip_rate": flips / n, "flip_interval": wilson_interval(flips, n),

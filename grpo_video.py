@@ -1,5 +1,4 @@
-"""GRPO on video questions, from scratch: the policy answers each question G times, and learns from which answers were
-right.
+"""GRPO on video questions, from scratch: the policy answers each question G times and learns which answers were right.
 
     python grpo_video.py                                # the toy world on a laptop, minutes
     torchrun --nproc_per_node 2 grpo_video.py           # the same run on two processes: same prompts, same completions
@@ -24,24 +23,21 @@ Elsewhere: how a video becomes tokens, `VideoDataset.__getitem__` in data.py; lo
 after another, and where another engine goes, `generate` in sampler.py; sharding, `shard` in runtime.py.
 
 Where this departs from the published SEED-Bench-R1 run, and why:
-    1. The clipped ratio is real. The release has none and one update per rollout, where the ratio is 1 and nothing
-       clips; with the default --num_updates 1 the gradient here is the same as theirs.
+    1. The ratio and its clip are there. The release has neither, and one update per rollout, where the ratio is 1 and
+       nothing clips; with the default --num_updates 1 the gradient here is the same as theirs.
     2. The end token is trained, and nothing after it: masks come from lengths.
-    3. One strict parser for reward and evaluation. The release compares first characters ("Apple" is A, "(A)" is
-       wrong).
+    3. One strict parser for reward and evaluation. The release compares first characters ("Apple" is A).
     4. Distractors, option order and sampling noise are functions of (seed, step or epoch, question): no global random
        state, so the number of ranks changes nothing, and a step number is enough to resume.
     5. The denominators of the loss are those of the whole step: ranks and micro-batches only split a sum.
     6. An unreadable video is left out and counted. The release trains its question on another video.
     7. KL is not computed, and no reference is loaded, when --kl_coef is 0.
-    8. Vision tokens are banned from completions, in sampling and in log-probs alike: they stand for pixels that are not
-       there.
+    8. Vision tokens are banned from completions, in sampling and in log-probs alike: they stand for missing pixels.
     9. Groups of equal rewards are not learned: they have no advantage. With KL on, their pull towards the reference is
        lost; --learn_flat_groups keeps it, as published.
 
 References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1: arXiv 2503.24376. DAPO (token mean,
-clip higher): arXiv 2503.14476. Dr. GRPO (constant denominator, no std): arXiv 2503.20783. k3: Schulman, "Approximating
-KL divergence".
+clip higher): arXiv 2503.14476. Dr. GRPO (constant, no std): arXiv 2503.20783. k3: Schulman, Approximating KL.
 """
 import random
 import re
@@ -65,27 +61,27 @@ class Args(TrainArgs):
     """The defaults are the published run (departures above): Qwen2-VL-7B, 6k questions, 8 prompts x 8 a step."""
     output_dir: str = arg("out/grpo", "metrics.jsonl, completions.txt, checkpoints/ and final/ go here")
     # 1 sample
-    group_size: int = arg(8, "G: completions per prompt", 2)
+    group_size: int = arg(8, "G: completions per prompt", least=2)
     temperature: float = arg(1.0, "of sampling, and so of every log-prob, > 0")
-    max_completion_length: int = arg(256, "most tokens of a completion, end token included", 1)
+    max_completion_length: int = arg(256, "most tokens of a completion, end token included", least=1)
     rollout_prompts: int = arg(8, "prompts decoded together on one rank: memory against speed, results differ by "
-                                  "rounding", 1)
+                                  "rounding", least=1)
     cuda_graph: bool = arg(False, "replay each token's kernels as one CUDA graph: meant for GPUs, never run so far")
     # 2 reward
-    format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1", 0)
+    format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1", least=0)
     # 3 advantage
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
     # 5 objective, 6 KL
-    clip_low: float = arg(0.2, "eps_low: where A < 0, a ratio below 1 - clip_low gets no gradient", 0, 1)
-    clip_high: float = arg(0.2, "eps_high: where A > 0, a ratio above 1 + clip_high gets no gradient (DAPO: 0.28)", 0)
-    kl_coef: float = arg(0.1, "beta; 0 loads no reference model", 0)
+    clip_low: float = arg(0.2, "eps_low: where A < 0, a ratio below 1 - clip_low gets no gradient", least=0, most=1)
+    clip_high: float = arg(0.2, "eps_high: where A > 0, a ratio above 1 + clip_high gets none (DAPO: 0.28)", least=0)
+    kl_coef: float = arg(0.1, "beta; 0 loads no reference model", least=0)
     # 7 update
     loss_agg: str = arg("sequence_mean", "sequence_mean (published), token_mean (DAPO) or constant (Dr. GRPO)")
     learn_flat_groups: bool = arg(False, "also learn groups of equal rewards, for their KL term; no use with kl_coef 0")
-    num_updates: int = arg(1, "optimizer updates on each rollout", 1)
-    learning_rate: float = arg(1e-6, "peak; decays linearly to 0 over the run, without warm-up", 0)
+    num_updates: int = arg(1, "optimizer updates on each rollout", least=1)
+    learning_rate: float = arg(1e-6, "at the start; decays linearly to 0 over the run, without warm-up", least=0)
     naive: bool = arg(False, "learn padded rows of prompt and completion, the prompt once per row: slower, same result")
-    print_every: int = arg(10, "print one prompt and completion with its reward every so many steps", 1)
+    print_every: int = arg(10, "print one prompt and completion with its reward every so many steps", least=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +91,7 @@ class Args(TrainArgs):
             raise ValueError(f"--loss_agg {self.loss_agg!r}: must be sequence_mean, token_mean or constant")
 
 
-# What differs for the toy world (used when --data_root is not given; flags that are given win).
+# Defaults in place of those above for a small model (`is_small` in runtime.py); flags that are given win.
 TOY = dict(image_size=56, max_completion_length=64, micro_batch_size=32, max_steps=240, learning_rate=2e-4, kl_coef=0.0,
            gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_grpo")
 
@@ -119,7 +115,10 @@ class Rollout:
 
 def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_ids: Tensor, banned_ids: Tensor,
                   caches: dict | None = None) -> Rollout:
-    """Samples G completions for each example, `rollout_prompts` prompts at a time."""
+    """Samples G completions for each example (there may be none), `rollout_prompts` prompts at a time.
+
+    end_ids, banned_ids (k,) int64; caches as in `generate`. What a question's group draws follows from seed, step, id.
+    """
     parts = []
     for i in range(0, len(examples), args.rollout_prompts):
         chunk = examples[i:i + args.rollout_prompts]
@@ -137,11 +136,6 @@ def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_i
     ended = torch.cat([end_ids.new_zeros(0, dtype=torch.bool), *(part.ended for part in parts)])
     return Rollout(examples, args.group_size, args.temperature, banned_ids, ids, mask_from_lengths(lengths, C), lengths,
                    ended, logps)
-
-
-def completion_texts(tokenizer, rollout: Rollout) -> list[str]:
-    rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
-    return [completion_text(tokenizer, ids, length, ended) for ids, length, ended in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +156,7 @@ def format_reward(completion: str, example: Example) -> float:
 def reward_table(args: Args) -> dict:
     """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too."""
     # ABLATE: rewards. A process reward or a length penalty is one more line. One that needs log-probs (GRPO-CARE's
-    # consistency bonus) is added to `rewards` in `main`, from completion_logps of another text.
+    # consistency bonus) is added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
     return {"accuracy": (1.0, accuracy_reward),
             "format": (args.format_weight, format_reward)}
 
@@ -171,7 +165,7 @@ def reward_table(args: Args) -> dict:
 # 3 advantage
 
 def group_advantages(rewards: Tensor, use_std: bool = True) -> Tensor:
-    """How much better each completion is than its group: (B, G) float rewards -> (B, G) advantages.
+    """How much better each completion is than its group: (B, G) float rewards, G >= 2 -> (B, G) advantages.
 
     Source: arXiv 2402.03300, section 4.1.2. A group of equal rewards gets 0, up to rounding.
     """
@@ -188,7 +182,7 @@ def group_std(rewards: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4 ratio: its log-probs, a micro-batch at a time.
+# 4 ratio: the log-probs that it is made of, a micro-batch at a time.
 
 def completion_logps(model, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_<t) and entropy, both (len(rows), C), of the completions `rows` (int64).
@@ -204,7 +198,7 @@ def completion_logps(model, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def frozen_logps(model, rollout: Rollout, batches: list[Tensor]) -> Tensor:
+def logps_without_grad(model, rollout: Rollout, batches: list[Tensor]) -> Tensor:
     """Log-probs (N, C) without gradient, of pi_old or pi_ref; 0 for rows in none of the batches. Collective."""
     logps = torch.zeros_like(rollout.sampler_logps)
     for rows in batches:
@@ -225,18 +219,19 @@ def grpo_token_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, 
     Source: arXiv 2402.03300, eq. 3 and 4.
     """
     advantages = advantages[:, None]  # (N, 1)
-    # rho = pi_theta / pi_old. At the first update of a rollout it is worth 1, but its gradient is that of log pi_theta:
-    # there the loss is worth -A and its gradient is REINFORCE's.
+    # 4 ratio: rho = pi_theta / pi_old. At the first update of a rollout it is worth 1, but its gradient is that of
+    # log pi_theta: there the loss is worth -A and its gradient is REINFORCE's.
     ratio = (logps - old_logps).exp()
     # ABLATE: GSPO: one ratio a sequence, the exponential of the mean of logps - old_logps over its tokens.
-    # -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+    # 5 objective: -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
     # ABLATE: clip-higher (DAPO: clip_high 0.28) leaves room for unlikely tokens to grow.
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     clipped = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & (advantages != 0)
     if ref_logps is None:
         return loss, torch.zeros_like(loss), clipped
-    # k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1: never negative, and its mean is KL(theta || ref).
-    # ABLATE: KL estimator: k1 = logps - ref_logps is unbiased but noisy, k2 = k1^2 / 2 has the KL's gradient.
+    # 6 KL: k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1: never negative, and its mean is KL(theta || ref).
+    # ABLATE: KL estimator: k1 = logps - ref_logps has the right mean, and in a loss no gradient (its mean is 0);
+    # k2 = k1^2 / 2 has the KL's gradient.
     log_ratio_ref = ref_logps - logps
     kl = log_ratio_ref.exp() - log_ratio_ref - 1
     return loss + kl_coef * kl, kl.detach(), clipped
@@ -265,7 +260,7 @@ def token_weights(mask: Tensor, loss_agg: str, num_completions: float, num_token
 # The run.
 
 def main(args: Args) -> Path:
-    """Trains and returns the folder of the exported model."""
+    """Trains and returns the folder of the exported model. ValueError for flags and files that will not do."""
     rank, world_size, device = runtime.setup()
     args = runtime.resolve_toy(args)
     if args.cuda_graph and device.type != "cuda":
@@ -281,7 +276,7 @@ def main(args: Args) -> Path:
     sampler = runtime.make_sampler(policy, device)
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, device), vision_token_ids(sampler, device)
     caches = {} if args.cuda_graph else None
-    table = reward_table(args)
+    table, shown = reward_table(args), output_dir / "completions.txt"
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
                                    for step in range(first_step, num_steps)], args.num_workers)
     log = runtime.open_log(args, output_dir, first_step, num_steps)
@@ -296,8 +291,8 @@ def main(args: Args) -> Path:
         times.append(runtime.clock())
 
         # 2 reward
-        texts = completion_texts(tokenizer, rollout)
-        answers = [(text, readable[n // args.group_size]) for n, text in enumerate(texts)]  # N pairs
+        rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
+        answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
         scores = {name: torch.tensor([score(*answer) for answer in answers], device=device)  # (N,) each
                   for name, (_, score) in table.items()}
         rewards = sum(weight * scores[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
@@ -309,33 +304,32 @@ def main(args: Args) -> Path:
         flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
         learned = (~flat | args.learn_flat_groups).repeat_interleave(args.group_size)  # (N,) bool
         if rank == 0 and answers and step % args.print_every == 0:
-            print_completion(answers, rewards.flatten(), advantages, step, args, output_dir)
+            print_completion(answers, rewards.flatten(), advantages, step, args, shown)
 
         # Sums of the whole step, over all ranks; the denominators of the loss are among them.
         totals = runtime.sum_over_ranks({
             "prompts": len(readable), "completions": len(answers), "tokens": rollout.lengths.sum(),
             "learned_tokens": rollout.lengths[learned].sum(), "unreadable": len(examples) - len(readable),
-            "parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
-            "reward": rewards.sum(), "group_std": group_std(rewards).sum(), "flat_groups": flat.sum(),
-            **{name: score.sum() for name, score in scores.items()}}, device)
+            "flat_groups": flat.sum(), **rollout_sums(rollout, answers, rewards, scores)}, device)
         if totals["prompts"] == 0:
             raise ValueError(f"step {step}: no question could be read, check --data_root {args.data_root}; "
                              f"{examples[0].error}")
         weights = token_weights(rollout.completion_mask, args.loss_agg, totals["completions"], totals["tokens"],
                                 args.max_completion_length)
 
-        # 4 ratio: pi_old is computed if the policy will move before its last use. The sampler's log-probs will not do:
-        # they differ by rounding, which the ratio would take for a move of the policy.
+        # 4 ratio: pi_old is the policy that sampled. With one update that is the policy itself; with more it is kept by
+        # a pass before the first. The sampler's log-probs will not do: they are rounded otherwise, and the ratio would
+        # take that for a move of the policy.
         batches = runtime.micro_batches(learned.nonzero()[:, 0], args.micro_batch_size)
-        ref_logps = frozen_logps(reference, rollout, batches) if reference is not None else None
-        old_logps = frozen_logps(policy, rollout, batches) if args.num_updates > 1 else None
+        ref_logps = logps_without_grad(reference, rollout, batches) if reference is not None else None
+        old_logps = logps_without_grad(policy, rollout, batches) if args.num_updates > 1 else None
         times.append(runtime.clock())
 
         sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "sampler_gap"), 0.0)
         for update in range(args.num_updates):
             for rows in batches:
                 logps, entropy = completion_logps(policy, rollout, rows)
-                old = logps.detach() if old_logps is None else old_logps[rows]  # before it has moved, it is pi_old
+                old = logps.detach() if old_logps is None else old_logps[rows]  # one update: it has not moved
                 ref = None if ref_logps is None else ref_logps[rows]
                 # 5 objective, 6 KL
                 token_loss, kl, clipped = grpo_token_loss(logps, old, ref, advantages[rows], args.clip_low,
@@ -349,10 +343,10 @@ def main(args: Args) -> Path:
                     sums[name] += value[mask].sum()
                 if update == 0:  # later the two differ because the policy has moved
                     sums["sampler_gap"] += (logps.detach() - rollout.sampler_logps[rows])[mask].abs().sum()
-            # 7 update
+            # 7 update: clip the gradient, AdamW, clear the gradient
             # ABLATE: schedule. Linear to 0, as published. For a warm-up, lr *= min(1, (step + 1) / warmup_steps).
             lr = args.learning_rate * (1 - (step * args.num_updates + update) / (num_steps * args.num_updates))
-            grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step)
+            grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, shown)
         runtime.copy_weights(policy, sampler)
         times.append(runtime.clock())
 
@@ -371,26 +365,38 @@ def main(args: Args) -> Path:
 # What is shown of it.
 
 def print_completion(answers: list[tuple[str, Example]], rewards: Tensor, advantages: Tensor, step: int, args: Args,
-                     output_dir: Path) -> None:
-    """One completion, another each time, on screen and in completions.txt: reading them is the first debugging tool."""
+                     file: Path) -> None:
+    """One completion, another each time, on screen and in the file: reading them is the first debugging tool."""
     n = step // args.print_every % len(answers)
     text, example = answers[n]
-    shown = (f"\n--- step {step}, question {example.question.id}, gold {example.gold}\n{example.prompt_text}\n"
+    lines = (f"\n--- step {step}, question {example.question.id}, gold {example.gold}\n{example.prompt_text}\n"
              f">>> {text}\n=== reward {rewards[n].item():.2f}, advantage {advantages[n].item():+.2f}")
-    tqdm.write(shown)
-    with open(output_dir / "completions.txt", "a") as file:
-        file.write(shown + "\n")
+    tqdm.write(lines)
+    with open(file, "a") as stream:
+        stream.write(lines + "\n")
 
 
-def step_metrics(step: int, totals: dict, sums: dict, rewards, grad_norm: float, lr: float, times: list[float],
-                 args: Args) -> dict:
-    """A line of metrics.jsonl, from sums over all ranks; the README says what each key means."""
+def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, scores: dict) -> dict:
+    """What is only logged of this rank's completions: rewards (B, G), scores name -> (N,)."""
+    return {"parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
+            "reward": rewards.sum(), "group_std": group_std(rewards).sum(),
+            **{f"reward {name}": score.sum() for name, score in scores.items()}}
+
+
+def step_metrics(step: int, totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float,
+                 times: list[float], args: Args) -> dict:
+    """A line of metrics.jsonl; the README says what each key means.
+
+    Args: totals and sums, over all ranks, of the rollout and of the update; rewards, their names; grad_norm before
+        clipping; times, seconds on this rank at the start and after data, rollout, score (steps 2 to 4) and update.
+    """
     completions, groups, step_s = totals["completions"], totals["prompts"], times[-1] - times[0]
     metrics = {
         "step": step, "reward": totals["reward"] / completions, "group_std": totals["group_std"] / groups,
-        **{name: totals[name] / completions for name in rewards}, "parse_rate": totals["parsed"] / completions,
-        "flat_group_frac": totals["flat_groups"] / groups, "completion_length": totals["tokens"] / completions,
-        "truncated_frac": totals["truncated"] / completions, "loss": sums["loss"] / args.num_updates,
+        **{name: totals[f"reward {name}"] / completions for name in rewards},
+        "parse_rate": totals["parsed"] / completions, "flat_group_frac": totals["flat_groups"] / groups,
+        "completion_length": totals["tokens"] / completions, "truncated_frac": totals["truncated"] / completions,
+        "loss": sums["loss"] / args.num_updates,
         "grad_norm": grad_norm, "lr": lr, "unreadable": int(totals["unreadable"]),
         "tokens_per_s": totals["tokens"] / step_s, "step_s": step_s,
         "data_s": times[1] - times[0], "rollout_s": times[2] - times[1], "score_s": times[3] - times[2],
@@ -413,8 +419,8 @@ def health_line(m: dict) -> str:
              "entropy collapsed": m.get("entropy", 1) < 0.01,
              "sampler and learner disagree": m.get("sampler_gap", 0) > 0.1}
     verdict = next((phrase for phrase, holds in signs.items() if holds), "ok")
-    return (f"reward {m['reward']:.2f}+-{m['group_std']:.2f} acc {m['accuracy']:.2f} parse {m['parse_rate']:.2f} "
-            f"len {m['completion_length']:.0f} | {verdict}")
+    return (f"reward {m['reward']:.2f}+-{m['group_std']:.2f} acc {m.get('accuracy', 0):.2f} "
+            f"parse {m['parse_rate']:.2f} len {m['completion_length']:.0f} | {verdict}")
 
 
 if __name__ == "__main__":

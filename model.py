@@ -5,8 +5,7 @@ completion), the same with each prompt in the sequence once, and the seam where 
 training is here, and nothing of sampling, which is in sampler.py.
 
 Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, V vocabulary, S vision patches, D hidden
-size, H heads of size d (keys and values: H_kv). Packed, that is without padding: M tokens of all completions, T tokens
-in all.
+size, H heads of size d (keys and values: H_kv). Packed, that is without padding: M tokens of all completions, T in all.
 """
 from dataclasses import dataclass
 
@@ -52,8 +51,7 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
         ids=torch.cat(prompt_ids),
         lengths=torch.tensor([len(ids) for ids in prompt_ids]),
         position_ids=torch.cat(position_ids, dim=1),
-        # Not the length: a video of 648 tokens advances the positions by 9 only (its largest grid side after the 2x2
-        # merge).
+        # Not the length: a video of 648 tokens advances the positions by 9 only (its grid's largest side, in tokens).
         next_position=torch.stack([positions.max() + 1 for positions in position_ids]),
         pixel_values=torch.cat([values for values, _ in pixels]),
         grid_thw=torch.cat([grid for _, grid in pixels]))
@@ -61,9 +59,7 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
 
 
 def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
-    """Token embeddings with the vision tower's outputs in the places of the vision tokens:
-    (tokens of all prompts, D).
-    """
+    """Token embeddings, in the places of vision tokens the vision tower's outputs: (tokens of all prompts, D)."""
     # One pass for videos and images alike: to the tower an image is a video of one temporal patch.
     vision = qwen.model.visual(prompts.pixel_values, grid_thw=prompts.grid_thw).pooler_output  # (S / 4, D)
     is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
@@ -153,7 +149,8 @@ class Policy(nn.Module):
         if len(row_prompt) == 0:  # a pass like any other, on a completion of one token, of which only the graph is left
             token = prompts.ids.new_zeros(1, 1)
             logps, entropy = self.forward(prompts, token[0], token, token == 0, temperature)
-            return logps[:0].expand(completion_ids.shape), entropy[:0].expand(completion_ids.shape)
+            none = logps.new_zeros(completion_ids.shape)  # (0, C)
+            return none + logps[:0], none + entropy[:0]
         predictors = self.plain_states if self.naive else self.shared_states
         hidden = predictors(prompts, row_prompt, completion_ids, completion_mask)  # (M, D)
         targets = completion_ids[completion_mask]  # (M,)
@@ -165,8 +162,7 @@ class Policy(nn.Module):
                      completion_mask: Tensor) -> Tensor:
         """The states (M, D) that predict the completions' tokens, rows in their order, tokens in theirs.
 
-        The plain way, for --naive and as the oracle: N sequences [q | o_n], padded on the right, that share the vision
-        pass only.
+        The plain way, for --naive and as the oracle: N sequences [q | o_n], padded on the right; vision runs once.
         """
         prompt_embeds = embed_prompts(self.qwen, prompts).split(prompts.lengths.tolist())
         prompt_positions = prompts.position_ids.split(prompts.lengths.tolist(), dim=1)
@@ -238,9 +234,7 @@ class SharedPrompts:
 
 
 class Packing:
-    """Rows of different lengths: packed, one after the other, for all layers;
-    padded on the right, for attention alone.
-    """
+    """Rows of different lengths: packed, one after the other, for all layers; padded on the right, for attention."""
 
     def __init__(self, lengths: Tensor):
         """lengths (rows,) int64, each >= 1."""
@@ -260,10 +254,7 @@ class Packing:
 
 
 def attend_causally(rows: Packing, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token sees its own row up to itself.
-
-    Packed (heads, tokens, d) -> packed (tokens, H, d), and padded key, value.
-    """
+    """Each token sees its row up to itself. Packed (heads, tokens, d) -> packed (tokens, H, d), padded key, value."""
     query, key, value = rows.pad(query), rows.pad(key), rows.pad(value)
     # Padding stands on the right, where no token looks, so the kernel needs no mask.
     out = F.scaled_dot_product_attention(query, *repeat_heads(query, key, value), is_causal=True)
@@ -299,9 +290,7 @@ def text_states(qwen: Qwen2VLForConditionalGeneration, embeds: Tensor, position_
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **kwargs):
-    """What the text model's layers call:
-    `attend`, if the text model was called with one, else Hugging Face's attention.
-    """
+    """What the text model's layers call: `attend`, if it was called with one, else Hugging Face's attention."""
     if kwargs.get("output_attentions") or module.config.output_attentions:
         raise RuntimeError("output_attentions: no weights are kept to be returned; record in `attend` (model.py)")
     if attend is None:

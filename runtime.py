@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,9 +49,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 # Arguments: one command line for a laptop and for a cluster.
 
 class Meaning(str):
-    """What --help prints of a field, with the field's closed range. (argparse refuses any other metadata.)"""
-    least: float | None = None
-    most: float | None = None
+    """What --help prints of a field, and, as attributes, its closed range: argparse refuses any other metadata."""
 
 
 def arg(default, meaning: str, least: float | None = None, most: float | None = None):
@@ -74,16 +73,16 @@ class RunArgs:
     model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
     data_root: str = arg("toy", "folder with annotations/, videos/, images/; 'toy' builds the toy world on first use")
     output_dir: str = arg("out/run", "what the run writes goes here; a run that is there already is moved aside")
-    max_questions: int = arg(0, "use the first so many questions of a file; 0: all", 0)
+    max_questions: int = arg(0, "use the first so many questions of a file; 0: all", least=0)
     seed: int = arg(0, "of data order, options, sampling, and of --video random and shuffled")
-    num_frames: int = arg(16, "most frames of a clip, even", 2)
-    min_frames: int = arg(4, "fewest frames of a clip, even", 2)
+    num_frames: int = arg(16, "most frames of a clip, even", least=2)
+    min_frames: int = arg(4, "fewest frames of a clip, even", least=2)
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
     image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
-    num_workers: int = arg(2, "processes per rank that decode video ahead of the model", 0)
+    num_workers: int = arg(2, "processes per rank that decode video ahead of the model", least=0)
 
     def __post_init__(self):
         for item in fields(self):
@@ -104,50 +103,57 @@ class TrainArgs(RunArgs):
     """What both trainers have in common. All quantities are of the whole step, whatever the number of ranks."""
     train_file: str = arg("annotations/training_6k.jsonl", "under data_root: JSONL or a JSON list")
     leave_out: list[str] = arg([], "samples.jsonl of evaluations of train_file: what all of them got right is left out")
-    prompts_per_step: int = arg(8, "questions per step over all ranks, a multiple of their number", 1)
-    num_epochs: int = arg(1, "passes over the data when max_steps is 0", 1)
-    max_steps: int = arg(0, "steps to run; 0: num_epochs", 0)
-    weight_decay: float = arg(0.0, "AdamW's", 0)
-    max_grad_norm: float = arg(1.0, "the gradient's norm is clipped to this", 0)
+    prompts_per_step: int = arg(8, "questions per step over all ranks, a multiple of their number", least=1)
+    num_epochs: int = arg(1, "passes over the data when max_steps is 0", least=1)
+    max_steps: int = arg(0, "steps to run; 0: num_epochs", least=0)
+    weight_decay: float = arg(0.0, "AdamW's", least=0)
+    max_grad_norm: float = arg(1.0, "the gradient's norm is clipped to this", least=0)
     micro_batch_size: int = arg(8, "completions per forward and backward on one rank: memory against speed, results "
-                                   "differ by rounding", 1)
+                                   "differ by rounding", least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
-    save_every: int = arg(100, "checkpoint every so many steps; 0: never", 0)
+    save_every: int = arg(100, "checkpoint every so many steps; 0: never", least=0)
     resume: bool = arg(False, "continue from the newest checkpoint in output_dir")
     tensorboard: bool = arg(False, "also write the metrics for tensorboard, which has to be installed, to output_dir")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tensorboard and not find_spec("tensorboard"):
+            raise ValueError("--tensorboard: the package is not installed; pip install tensorboard, or leave the flag "
+                             "out: metrics.jsonl has the same numbers")
+
+
+def is_small(model: str) -> bool:
+    """Whether --model is "toy" or a local folder of a model as small, so that it takes the toy world's defaults."""
+    return model == "toy" or Path(model).is_dir() and load_config(model).text_config.hidden_size <= 256
+
 
 def parse_args(args_class, toy: dict, argv: list[str] | None = None):
-    """Reads the command line into `args_class`. On the toy world (no --data_root) the defaults are `toy`'s; flags win.
+    """Reads the command line into `args_class`. For a small model the defaults are `toy`'s, the toy world's; flags win.
 
-    Whoever brings a --data_root brings a --model too, or fits a small one of his own to it: ValueError for the toy
-    model there. Prints which values are in use and where each comes from.
+    Prints which values are in use and where each comes from.
     """
-    parser = transformers.HfArgumentParser(args_class)
+    parser = transformers.HfArgumentParser(args_class, allow_abbrev=False)
     argv = sys.argv[1:] if argv is None else argv
+    flags = {word.split("=")[0][2:].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     args, = parser.parse_args_into_dataclasses(argv)
-    if args.data_root == "toy":
-        if args.model != "toy" and not Path(args.model).is_dir():
-            raise ValueError(f"--model {args.model} needs --data_root; without it the toy world's data and "
-                             "hyper-parameters apply, which only suit a local folder of a model made for it")
+    small = is_small(args.model)
+    if args.data_root == "toy" and not small:
+        raise ValueError(f"--model {args.model} needs --data_root: the toy world is for small models in a local folder")
+    if args.data_root != "toy" and "model" not in flags:
+        raise ValueError(f"--data_root {args.data_root} needs --model, such as Qwen/Qwen2-VL-7B-Instruct (or, to try "
+                         "it out, --model toy)")
+    if small:
         parser.set_defaults(**toy)
         args, = parser.parse_args_into_dataclasses(argv)
-    elif args.model == "toy":
-        raise ValueError(f"--data_root {args.data_root} needs --model, such as Qwen/Qwen2-VL-7B-Instruct: the toy "
-                         "model reads the toy world only")
     if os.environ.get("RANK", "0") == "0":
-        flags = {word.split("=")[0][2:].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
         for name, value in vars(args).items():
-            origin = "flag" if name in flags else "toy world" if args.data_root == "toy" and name in toy else "default"
+            origin = "flag" if name in flags else "toy world" if small and name in toy else "default"
             print(f"{name:24} {value!s:40} {origin}")
     return args
 
 
 def resolve_toy(args):
-    """The same arguments with folders in place of the name "toy".
-
-    Rank 0 writes the toy world if it is not there yet.
-    """
+    """The same arguments with folders in place of "toy"; rank 0 writes the world if it is not there. Collective."""
     if "toy" not in (args.model, args.data_root):
         return args
     import toy  # only here: whoever brings model and data never loads the toy world
@@ -181,8 +187,7 @@ def setup() -> tuple[int, int, torch.device]:
 def sum_over_ranks(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
     """Sums each value over all ranks in float64. Collective: every rank calls it with the same keys in the same order.
 
-    Metrics travel as sums and are divided once, at the end: a mean of per-rank means would weigh a rank with few tokens
-    as much as one with many.
+    Metrics travel as sums and are divided once, at the end: a mean of per-rank means would weigh ranks, not tokens.
     """
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()])
     dist.all_reduce(total)
@@ -239,10 +244,7 @@ def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration
 
 
 def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL whose weights and buffers hold no values yet.
-
-    Building on "meta" skips minutes of random init for 7B.
-    """
+    """A Qwen2-VL whose weights hold no values yet. Building on "meta" skips minutes of random init for 7B."""
     with torch.device("meta"):
         qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
     qwen = qwen.to_empty(device=device)
@@ -325,7 +327,7 @@ def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
 
 
 def make_sampler(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """The copy that samples, equal to the policy. Call `copy_weights(policy, sampler)` after each optimizer step."""
+    """The copy that samples, equal to the policy; `copy_weights` renews it before the next rollout. Collective."""
     sampler = plain_copy(policy, device)
     copy_weights(policy, sampler)
     return sampler
@@ -362,7 +364,10 @@ def export(policy: Policy, tokenizer, source: str, output_dir: Path) -> None:
 # What both training loops repeat.
 
 def load_training_set(args, tokenizer, for_sft: bool) -> tuple[VideoDataset, int]:
-    """The questions to train on, and the number of steps; says in a line what a prompt holds."""
+    """The questions to train on, and the number of steps, rounded down; says in a line what a prompt holds.
+
+    ValueError for a file of the other trainer's shape, or prompts_per_step that the ranks cannot share equally.
+    """
     ranks = dist.get_world_size()
     if args.prompts_per_step % ranks:
         raise ValueError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of the {ranks} ranks")
@@ -394,8 +399,7 @@ def keep_readable(examples: list[Example], step: int) -> list[Example]:
 
 
 def micro_batches(rows: Tensor, size: int) -> list[Tensor]:
-    """`rows` (int64) in pieces of at most `size`. Collective: as many on every rank, and at least one, empty ones at
-    the end.
+    """`rows` (int64) in pieces of at most `size`. Collective: as many on every rank, at least one, empty ones last.
 
     FSDP gathers weights in every forward and backward pass, so a rank that is short of rows (unreadable videos, groups
     that teach nothing) runs the model on none. A step without any signal is one with a gradient of 0, in which AdamW's
@@ -407,13 +411,16 @@ def micro_batches(rows: Tensor, size: int) -> list[Tensor]:
     return batches + [rows[:0]] * (int(most) - len(batches))  # CPU-GPU sync
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float,
-                   step: int) -> float:
-    """Clips the gradient, takes an AdamW step, clears the gradient; returns its norm before clipping. Collective."""
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, step: int,
+                   place: Path) -> float:
+    """Clips the gradient, takes an AdamW step, clears the gradient; returns its norm before clipping. Collective.
+
+    FloatingPointError, which names `place` as what to look at, if the norm is not finite.
+    """
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).full_tensor().item()
     if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; look at the last completions in the "
-                                 "run's folder, and start again with a lower --learning_rate")
+        raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; look at {place}, and start again "
+                                 "with a lower --learning_rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -422,33 +429,27 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, 
 
 
 def open_log(args, output_dir: Path, first_step: int, num_steps: int) -> Callable[[dict, str], None]:
-    """Returns log(metrics, line): a line of metrics.jsonl, of tensorboard if asked for, and of the progress bar.
-
-    Rank 0 only.
-    """
+    """Returns log(metrics, line), which writes on rank 0: metrics.jsonl, the progress bar, tensorboard if asked for."""
     if dist.get_rank() > 0:
         return lambda metrics, line: None
     progress = tqdm(total=num_steps, initial=first_step, desc=Path(sys.argv[0]).stem, dynamic_ncols=True)
-    writer = open_tensorboard(output_dir) if args.tensorboard else None
+    writer = None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # only here: it needs a package that nothing else does
+        writer = SummaryWriter(str(output_dir), purge_step=first_step)
 
     def log(metrics: dict, line: str) -> None:
-        append_jsonl(output_dir / "metrics.jsonl", metrics)
-        for name, value in metrics.items() if writer else ():
-            writer.add_scalar(name, value, metrics["step"])
+        with open(output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, metrics["step"])
+            writer.flush()  # nothing else does at the end of a short run
         progress.set_postfix_str(line)
         progress.update()
         if progress.n == num_steps:
             progress.close()
     return log
-
-
-def open_tensorboard(output_dir: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # only here: it needs a package that nothing else does
-    except ImportError as error:
-        raise ValueError(f"--tensorboard: {error}; pip install tensorboard, or leave the flag out: metrics.jsonl has "
-                         "the same numbers") from None
-    return SummaryWriter(str(output_dir))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,6 +474,8 @@ def open_run(args, resume: bool = False) -> Path:
     if resume and settings.exists():
         # A flag that is newer than the run had its default.
         before = {**vars(type(args)()), **json.loads(settings.read_text())}
+        if unknown := before.keys() - vars(args).keys():
+            raise ValueError(f"--resume: {settings} has {sorted(unknown)}, flags of an earlier version: resume with it")
         changed = [f"--{name} {value} (it was {before[name]})" for name, value in vars(args).items()
                    if name not in FREE_ON_RESUME and before[name] != value]
         if changed:
@@ -489,12 +492,6 @@ def open_run(args, resume: bool = False) -> Path:
         settings.write_text(json.dumps(vars(args), indent=1) + "\n")
     dist.barrier()
     return output_dir
-
-
-def append_jsonl(path: Path, record: dict) -> None:
-    """Adds one line to a JSONL file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -5,16 +5,14 @@
       top-p): the policy that is trained must be the one that sampled;
     - the end token is a part of the completion;
     - it touches no collective: ranks decode different lengths, and one that waited for another would wait forever;
-    - its weights are renewed after each optimizer step (`copy_weights` in runtime.py).
+    - completions stand at the positions from `prompts.next_position` on, which transformers 5 counts otherwise for long
+      clips (`rope_positions` in data.py); it gets ids and patches, not frames;
+    - its weights are renewed before the next rollout (`make_sampler` and `copy_weights` in runtime.py).
 Its log-probs are only compared with the learner's (`sampler_gap`); the loss never reads them.
 
-What makes it cheap, for one group of P = 900 prompt tokens, of which 729 are vision, G = 8 and C = 256, with 7B's
-shapes:
-    - the prompt is encoded once for its G rows: 900 tokens through the text model and not 7,200 (`prefill`)
-    - its keys and values are kept and read once for them: 52 MB and not 413 MB for each token (`attend`)
-    - the groups of a rank are decoded together: the 14 GB of weights are read once for 64 tokens, not for 8
-    - rows that have ended leave (`drop`); caches have their full size from the start; random numbers are drawn before
-      the first token, and no token waits for the CPU
+What makes it cheap: a prompt is encoded once for its G rows (`prefill`), its keys and values are kept and read once for
+them (`attend`), rows that have ended leave (`drop`), and on a GPU only every sixteenth token waits for the CPU. In
+numbers: docs/performance.md.
 
 Letters: B prompts, G completions per prompt, N = B * G rows, of which R are still decoded, P prompt tokens, C
 completion tokens, V vocabulary, D hidden size, H heads of size d (keys and values: H_kv).
@@ -53,8 +51,7 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
     logps = torch.zeros(B * G, C, dtype=torch.promote_types(sampler.dtype, torch.float32), device=device)
     ended = torch.zeros(B * G, dtype=torch.bool, device=device)
     if temperature > 0:
-        # All randomness of the rollout, drawn at once and on the CPU: the same numbers on every device. Uniform in (0,
-        # 1].
+        # All randomness of the rollout, drawn at once and on the CPU: the same on every device; in (0, 1].
         uniforms = 1 - torch.cat([torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
                                   for seed in seeds]).to(device)  # (N, C)
     cache = open_cache(sampler, prompts, G, C, caches)
@@ -133,10 +130,7 @@ class GroupCache:
         return hidden[packing.last].repeat_interleave(self.G, dim=0)
 
     def feed(self, token: Tensor) -> Tensor:
-        """Appends a token (R,) to each row; returns the states (R, D) that predict the next ones.
-
-        Waits for no value.
-        """
+        """Appends a token (R,) to each row; returns the states (R, D) that predict the next. Waits for no value."""
         seen = torch.cat([self.prompt_mask, (self.columns <= self.column).expand(self.B, -1)], dim=1)  # (B, P + C) bool
         bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P + C) float32
         positions = (self.first_position + self.column).expand(3, -1)
@@ -171,8 +165,7 @@ class GroupCache:
         return x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
 
     def drop(self, ended: Tensor) -> Tensor | slice:
-        """Rows that have ended leave, `ended` (R,) bool; returns which of the R rows stay, in their new order. CPU-GPU
-        sync.
+        """Rows that have ended leave, `ended` (R,) bool; returns which of the R stay, in their order. CPU-GPU sync.
 
         All groups keep as many rows as the one with the most that go on; the others are filled up with rows that have
         ended, whose further tokens nobody reads.
@@ -209,7 +202,7 @@ def open_cache(sampler, prompts: Prompts, G: int, C: int, caches: dict | None) -
 
 
 class CapturedCache(GroupCache):
-    """Replays `feed` as one CUDA graph: one launch a token, not hundreds. NEVER RUN: no GPU at hand."""
+    """Replays `feed` as one CUDA graph: one launch for all layers, not hundreds. NEVER RUN: no GPU at hand."""
 
     graph = None
 

@@ -7,7 +7,7 @@
     torchrun --nnodes 2 --node_rank R --master_addr HOST --nproc_per_node 8 sft_video.py ...       # two nodes
 
 The loss is the mean of -log pi(o_t | q, o_<t) over all response tokens of the step, the end token included. The steps
-have the numbers of grpo_video.py, of whose seven three are needed here: a diff of the two shows what GRPO adds.
+have the numbers of grpo_video.py, of whose seven four are needed here: a diff of the two shows what GRPO adds.
 
 Letters: N responses of a step on this rank (one for each prompt), C their tokens.
 
@@ -39,14 +39,14 @@ class Args(TrainArgs):
     train_file: str = arg("annotations/training_with_cot_6k.jsonl", "under data_root: JSONL or a JSON list")
     output_dir: str = arg("out/sft", "metrics.jsonl, checkpoints/ and final/ go here")
     # 7 update
-    prompts_per_step: int = arg(128, "questions per step over all ranks, a multiple of their number", 1)
-    learning_rate: float = arg(2e-5, "peak", 0)
-    warmup_ratio: float = arg(0.1, "part of the run in which the rate rises to its peak; then a cosine to 0", 0, 1)
+    prompts_per_step: int = arg(128, "questions per step over all ranks, a multiple of their number", least=1)
+    learning_rate: float = arg(2e-5, "peak", least=0)
+    warmup_ratio: float = arg(0.1, "part of the run in which the rate rises; then a cosine to 0", least=0, most=1)
     micro_batch_size: int = arg(2, "responses per forward and backward on one rank: memory against speed, results "
-                                   "differ by rounding", 1)
+                                   "differ by rounding", least=1)
 
 
-# What differs for the toy world (used when --data_root is not given; flags that are given win).
+# Defaults in place of those above for a small model (`is_small` in runtime.py); flags that are given win.
 TOY = dict(image_size=56, prompts_per_step=32, micro_batch_size=32, num_epochs=3, learning_rate=1e-4,
            gradient_checkpointing=False, frame_cache="out/toy_frames", output_dir="out/toy_sft")
 
@@ -55,9 +55,7 @@ TOY = dict(image_size=56, prompts_per_step=32, micro_batch_size=32, num_epochs=3
 # 1 sample: the teacher's responses.
 
 def encode_response(tokenizer, response: str) -> Tensor:
-    """The targets of one example: (C,) int64. The end token is one of them:
-    a model that never sees it never learns to stop.
-    """
+    """The targets of one example: (C,) int64, with the end token: a model that never sees it never learns to stop."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     return torch.tensor([*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")])
 
@@ -131,7 +129,8 @@ def main(args: Args) -> Path:
 
         # 7 update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)
-        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step)
+        metrics_file = output_dir / "metrics.jsonl"
+        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, metrics_file)
         times.append(runtime.clock())
 
         step_s = times[-1] - times[0]

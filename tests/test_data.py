@@ -40,7 +40,9 @@ SFT = {"prompt": [{"role": "user", "content": [
     {"type": "image", "image": "images/Ego4D/now.png", "video": None, "text": None},
     {"type": "text", "text": "What next?\nA. x\nB. y", "image": None, "video": None}]}],
     "response": "<think>It is y.</think><answer>B</answer>"}
-SHAPES = {"training": TRAINING, "validation": VALIDATION, "LongVideoBench": LONG_VIDEO, "SFT": SFT}
+FREE_FORM = {"id": 4, "question": "How many?", "reference": "three", "video_path": "long.mp4"}
+SHAPES = {"training": TRAINING, "validation": VALIDATION, "LongVideoBench": LONG_VIDEO, "SFT": SFT,
+          "free-form": FREE_FORM}
 
 
 def write_video(path, num_frames, fps=8, size=(64, 48), **container_options):
@@ -121,6 +123,14 @@ def test_long_video_bench_shape(root):
                             options=("a man", "a dog", "a cat"), gold="B", group="600")
 
 
+def test_free_form_shape(root, tokenizer):
+    (question,) = load(root, FREE_FORM)
+    assert question == Question("4", "How many?", (root / "videos/long.mp4").resolve(), None, gold="three")
+    example = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
+    assert example.options == () and example.gold == "three"
+    assert example.prompt_text == "How many?\n" + data.FREE_FORM_INSTRUCTION
+
+
 @pytest.mark.parametrize("extra", [{}, TRAINING])  # also where the SFT file repeats the fields of the training file
 def test_sft_shape(root, extra):
     (question,) = load(root, {**extra, **SFT})
@@ -190,11 +200,20 @@ def test_options_take_one_line(root):
     assert question.options == ("x B. y", "z")
 
 
+@pytest.mark.parametrize("record", [
+    {**VALIDATION, "choice_a": " grab  knife"}, {**LONG_VIDEO, "candidates": ["a", "b", "a "]}])
+def test_equal_options_are_refused(root, record):
+    with pytest.raises(ValueError, match="line 1: the options .* are not all different"):
+        load(root, record)
+
+
 REMOVED = object()
 UNUSED = ("video_id", "current_observation_frame", "subtitle_path", "duration_group")
 BAD_FIELDS = [  # shape, field, what is put there, what the message must say besides file, line and field
     *((shape, field, REMOVED, "missing") for shape, record in SHAPES.items() for field in record
-      if field not in UNUSED and (shape, field) != ("validation", "answer")),
+      if field not in UNUSED and (shape, field) not in (("validation", "answer"), ("free-form", "reference"))),
+    ("free-form", "reference", "", "''"), ("free-form", "reference", 3, "3"),
+    ("free-form", "reference", " . ", "' . '"),
     ("training", "sample_id", True, "True"), ("training", "sample_id", 1.5, "1.5"), ("training", "sample_id", "", "''"),
     ("training", "sample_id", None, "missing"), ("training", "question", "  \n", "non-empty"),
     ("training", "question", 3, "3"),
@@ -737,20 +756,22 @@ def test_positions_refuse_grids_that_do_not_fit(tokenizer, grids):
 
 OPTIONS = ("grab onion", "grab knife", "A knife", "wash hands")
 CONTENT = {  # a letter, and what counts as it between the tags
-    "A": ["A", "grab onion", "(A) grab onion"],
+    "A": ["A", "grab onion", "(A) grab onion", "Grab onion", "GRAB ONION.", "grab onion.", "**Grab onion**"],
     "B": ["B", " B ", "\nB\n", "(B)", "[B]", "B)", "B.", "B:", "(B).", "(B):", "[B].", "B).", " grab knife\n",
+          "**B**", "**B.**", "** (B) **", "**B. Grab knife.**", "B. Grab knife", "B. grab knife.", "(B) GRAB KNIFE",
           "B. grab knife", "B: grab knife", "(B) grab knife", "B) grab knife", "B.grab knife", "B.\ngrab knife"],
-    "C": ["A knife", "C. A knife"],
+    "C": ["A knife", "C. A knife", "a knife", "A KNIFE."],
     "D": ["D", "[D]: wash hands"],
     None: [
         "E", "(E)", "Z.", "E. grab knife",  # the letter of no option, or not as a letter
         "Apple", "AB", "A or B", "A, B", "A/B", "A B", "A.B", "BBBB", "Answer: B", "B is right", "option B",
         "The answer is B.", "A\nB", "B grab knife", "2", "1", "b", "(b)", "\u0412", "\uff22",
-        "**B**", "\\boxed{B}", "'B'", "<B>", "(B", "(B]", "[B)", "B]", "((B))", "{B}",  # decoration that does not fit
+        "**B", "B**", "****", "**", "*B*", "**b**", "**A or B**", "**B** or **C**",  # decoration that does not fit
+        "\\boxed{B}", "'B'", "<B>", "(B", "(B]", "[B)", "B]", "((B))", "{B}",
         "B..", "B,", "B;", "B!", ".B", "( B )", "B .",
         "", "   ", ".", "()", "None",  # nothing
-        "Grab onion", "grab onion.", "grab  onion", "grab", "grab onion grab knife",  # not quite the text, or another's
-        "A. grab knife", "B. grab onion", "B. knife", "B. grab knife.", "B. B. grab knife", "A. knife"],
+        "grab  onion", "grab", "grab onion grab knife", "grab onion..", "b. grab knife",  # not the text, or another's
+        "A. grab knife", "B. grab onion", "B. knife", "B. B. grab knife", "A. knife", "B grab knife."],
 }
 COMPLETIONS = [
     ("<think>x</think><answer>B</answer>", "B"), ("<answer>B</answer>", "B"),
@@ -785,13 +806,20 @@ def test_parse_answer_with_options_that_clash():
     assert data.parse_answer("<answer>B</answer>", ("B", "A")) == "B"  # the prompt asks for the letter
     assert data.parse_answer("<answer>C</answer>", ("yes", "no")) is None
     assert data.parse_answer("<answer>E</answer>", tuple("vwxyz")) == "E"
+    assert data.parse_answer("<answer>**kwargs**</answer>", ("args", "**kwargs**")) == "B"
+    # Word for word wins; texts that a person could not tell apart give nothing.
+    assert data.parse_answer("<answer>Yes</answer>", ("yes", "Yes")) == "B"
+    assert data.parse_answer("<answer>YES.</answer>", ("yes", "Yes")) is None
+    assert data.parse_answer("<answer></answer>", (".", "no")) is None
     assert data.parse_answer("<answer></answer>", ()) is None and data.parse_answer("<answer>A</answer>", ()) is None
 
 
-def test_parse_answer_takes_linear_time():
-    for text in ("<answer>" * 50000, "<answer>B</answer>" * 50000, "<answer>" + "x" * 400000, "</answer>" * 50000):
+@pytest.mark.parametrize("parse", [data.parse_answer, data.first_letter])
+def test_parsers_take_linear_time(parse):
+    for text in ("<answer>" * 50000, "<answer>B</answer>" * 50000, "<answer>" + "x" * 400000, "</answer>" * 50000,
+                 "<answer>" + "*" * 200000 + "</answer>"):
         start = time.monotonic()
-        data.parse_answer(text, OPTIONS)
+        parse(text, OPTIONS)
         assert time.monotonic() - start < 2
 
 
@@ -803,6 +831,26 @@ def test_parse_answer_takes_linear_time():
     ("<answer>b</answer>", None), ("<answer>\nC\n</answer>", "C"), ("<answer>A<answer>B</answer>", "A")])
 def test_first_letter_is_the_published_grading(completion, want):
     assert data.first_letter(completion, OPTIONS) == want
+
+
+def graded(completion, options, gold):
+    no_ids = torch.empty(0, dtype=torch.int64)
+    return data.grade(completion, data.Example(None, options, gold, "q", no_ids, no_ids))
+
+
+@pytest.mark.parametrize("text, want", [
+    ("<answer>B</answer>", ("B", True)), ("<answer>grab knife</answer>", ("B", True)),
+    ("<answer>A</answer>", ("A", False)), ("B", (None, False))])
+def test_a_choice_is_graded_by_its_letter(text, want):
+    assert graded(text, OPTIONS, "B") == want
+
+
+@pytest.mark.parametrize("text, want", [
+    ("<answer> Three. </answer>", ("Three.", True)), ("<answer>three</answer>", ("three", True)),
+    ("<answer>3</answer>", ("3", False)), ("<answer></answer>", (None, False)), ("three", (None, False)),
+    ("<answer>two</answer> no: <answer>three</answer>", ("three", True))])
+def test_a_free_form_answer_is_graded_by_its_text(text, want):
+    assert graded(text, (), "three") == want
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -848,7 +896,7 @@ def test_the_step_number_alone_resumes():
 def test_examples_of_all_shapes(root, tokenizer):
     questions = [load(root, record)[0] for record in SHAPES.values()]
     dataset = data.VideoDataset(questions, tokenizer, SMALL, seed=0)
-    assert len(dataset) == 4
+    assert len(dataset) == 5
     training, validation, long_video, sft = (dataset[0, i] for i in range(4))
     video, video_grid = data.patchify(data.read_video(root / "videos/Ego4D/clip.mp4", SMALL))
     image, image_grid = data.patchify(data.read_image(root / "images/Ego4D/now.png", SMALL))

@@ -62,7 +62,7 @@ def test_comparison_pairs_by_id_and_refuses_other_questions():
     row, = compare(ours, theirs, "there")
     assert (row["only_a"], row["only_b"], row["difference"]) == (2, 1, 0.25)
     for different in (theirs[:3], [*theirs[:3], record(0, "A", gold="C")], [*theirs, record(9, "A")]):
-        with pytest.raises(ValueError, match="--compare there: 1 samples"):
+        with pytest.raises(ValueError, match="--compare there: 1 questions"):
             compare(ours, different, "there")
 
 
@@ -74,8 +74,8 @@ def test_a_wrong_comparison_folder_is_refused_before_any_work(tmp_path):
 
 
 def test_first_letter_grader_is_there_for_parity():
-    assert evaluate.GRADERS["first_letter"]("<answer>Apple</answer>", ("x", "y")) == "A"
-    assert evaluate.GRADERS["strict"]("<answer>Apple</answer>", ("x", "y")) is None
+    assert evaluate.PARSERS["first_letter"]("<answer>Apple</answer>", ("x", "y")) == "A"
+    assert evaluate.PARSERS["strict"]("<answer>Apple</answer>", ("x", "y")) is None
     assert json.dumps(evaluate.TOY)
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -380,6 +381,49 @@ def test_toy_defaults_apply_without_data_root_and_flags_win(capsys):
     for half in (["--model", "Qwen/Qwen2-VL-7B-Instruct"], ["--data_root", "D"]):
         with pytest.raises(ValueError, match="needs --(data_root|model)"):
             parse_args(grpo_video.Args, grpo_video.TOY, half)
+
+
+def test_a_small_model_takes_the_toys_settings_on_any_data(capsys):
+    for small in ("toy", str(toy.BASE)):
+        args = parse_args(grpo_video.Args, grpo_video.TOY, ["--model", small, "--data_root", "D", "--kl_coef", "0.5"])
+        assert args == grpo_video.Args(**{**grpo_video.TOY, "model": small, "data_root": "D", "kl_coef": 0.5})
+
+
+@pytest.mark.parametrize("name", ["own_multiple_choice", "own_free_form"])
+def test_ones_own_questions_are_trained_on_and_evaluated(tmp_path, world, name):
+    file = str(ROOT / f"docs/{name}.jsonl")
+    grpo_video.main(grpo_args(tmp_path / "run", train_file=file, prompts_per_step=5, learning_rate=1e-3))
+    m, = metrics_of(tmp_path / "run")
+    assert 0 <= m["accuracy"] <= m["parse_rate"] <= 1 and m["unreadable"] == 0
+    row, *_ = evaluate.main(eval_args(tmp_path / "eval", eval_files=[file]))
+    assert row["n"] == 5 and row["chance"] == pytest.approx(1 / 3 if name == "own_multiple_choice" else 0)
+    records = [json.loads(line) for line in (tmp_path / "eval/samples.jsonl").read_text().splitlines()]
+    if name == "own_free_form":  # graded by text, where the base answers anything at all
+        assert all(r["correct"] == (r["parsed"] is not None and r["parsed"].lower() == r["gold"]) for r in records)
+
+
+def test_a_new_reward_is_one_line_and_is_logged_by_itself(tmp_path, world, monkeypatch):
+    table = grpo_video.reward_table
+    monkeypatch.setattr(grpo_video, "reward_table", lambda args: {
+        **table(args), "short": (0.5, lambda completion, example: float(len(completion) < 60))})
+    grpo_video.main(grpo_args(tmp_path, prompts_per_step=2, format_weight=0.25))
+    m, = metrics_of(tmp_path)
+    assert m["reward"] == pytest.approx(m["accuracy"] + 0.25 * m["format"] + 0.5 * m["short"])
+
+
+def test_tensorboard_gets_every_metric_or_is_refused(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard: .*not installed"):
+        grpo_args(tmp_path, tensorboard=True)
+    written = []
+    board = types.ModuleType("torch.utils.tensorboard")  # in place of a package that is no dependency
+    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
+        add_scalar=lambda *scalar: written.append((folder, *scalar)), flush=lambda: written.append("flushed"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: board)
+    grpo_video.main(grpo_args(tmp_path, prompts_per_step=1, max_completion_length=8, tensorboard=True))
+    m, = metrics_of(tmp_path)
+    assert written == [*((str(tmp_path), name, value, 0) for name, value in m.items()), "flushed"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
