@@ -49,7 +49,7 @@ class Question:
     options: tuple[str, ...] = ()  # validation, LongVideoBench: fixed options, in order
     gold: str = ""  # validation, LongVideoBench: the letter of the right one; free-form: the right answer
     response: str = ""  # SFT: the whole assistant text, reasoning and answer
-    group: str = ""  # `domain` (L3), `duration_group` (LongVideoBench)
+    part: str = ""  # of the file: `domain` (L3), `duration_group` (LongVideoBench)
     goal: str = ""  # `task_goal`
     progress: tuple[str, ...] = ()  # `narration_text` of the steps done so far
     has_id: bool = True  # False: its record has no id, and `id` is the record's number
@@ -688,7 +688,7 @@ def validation_question(record: dict, root: Path) -> Question:
     options = tuple(one_line(field(record, f"choice_{letter}", *TEXT)) for letter in "abcd")
     gold = field(record, "golden_choice_idx", lambda v: v in ("A", "B", "C", "D"), "'A', 'B', 'C' or 'D'")
     domain = field(record, "domain", *TEXT, optional=True)
-    return seed_bench_question(record, root, options=options, gold=gold, group=domain)
+    return seed_bench_question(record, root, options=options, gold=gold, part=domain)
 
 
 def seed_bench_question(record: dict, root: Path, **choice) -> Question:
@@ -718,7 +718,7 @@ def long_video_question(record: dict, root: Path) -> Question:
     return Question(
         id=str(field(record, "id", *ID)), text=field(record, "question", *TEXT),
         options=options, gold=string.ascii_uppercase[gold],
-        group=str(field(record, "duration_group", *ID, optional=True)),
+        part=str(field(record, "duration_group", *ID, optional=True)),
         video=inside(root, "video_path", "videos", field(record, "video_path", *TEXT)), image=None)
 
 

@@ -111,7 +111,7 @@ def make_record(example: Example, response: str, length: int, truncated: bool, a
     """A line of samples.jsonl, but for the file's name."""
     question, (video, image) = example.question, file_names(example.question)
     parsed, correct = grade(response, example, PARSERS[args.grader])
-    return {"sample_id": question.id, "group": question.group, "video": video, "image": image,
+    return {"sample_id": question.id, "part": question.part, "video": video, "image": image,
             "question": question.text, "options": list(example.options), "goal": question.goal,
             "progress": list(question.progress), "gold": example.gold, "parsed": parsed, "correct": correct,
             "length": length, "truncated": truncated, "error": example.error, "response": response}
@@ -167,9 +167,9 @@ def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
         if len({bool(r["video"]) for r in of_file}) == 2:
             found[file, "with a clip"] = [r for r in of_file if r["video"]]
             found[file, "image only"] = [r for r in of_file if not r["video"]]
-        groups = {r["group"] for r in of_file} - {""}
-        for group in sorted(groups, key=lambda group: (len(group), group) if group.isdigit() else (0, group)):
-            found[file, group] = [r for r in of_file if r["group"] == group]
+        names = {r["part"] for r in of_file} - {""}
+        for name in sorted(names, key=lambda name: (len(name), name) if name.isdigit() else (0, name)):
+            found[file, name] = [r for r in of_file if r["part"] == name]
     return found
 
 
@@ -285,11 +285,12 @@ def read_evaluation(args: Args) -> tuple[list[dict], dict]:
         raise ValueError(f"--compare {args.compare}: it has no samples.jsonl and args.json; give the output_dir of an "
                          "evaluation")
     settings = json.loads(settings.read_text())
-    if "video" not in settings:
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    if "video" not in settings or any("part" not in record for record in records):
         raise ValueError(f"--compare {args.compare}: made by an earlier version of evaluate.py; evaluate again")
     if settings["grader"] != args.grader:
         raise ValueError(f"--compare {args.compare}: its grader was {settings['grader']}; give --grader the same")
-    return [json.loads(line) for line in answers.read_text().splitlines()], settings
+    return records, settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

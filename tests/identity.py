@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-# What is called otherwise in checkouts before 2026-11-25: old name -> new name, of keys of metrics.jsonl.
-NAMES = {"format_rate": "format", "bad_videos": "unreadable", "actor_gap": "sampler_gap"}
+# Keys of metrics.jsonl and samples.jsonl in checkouts before 2026-11-25: old name -> new name.
+NAMES = {"format_rate": "format", "bad_videos": "unreadable", "actor_gap": "sampler_gap", "group": "part"}
 RUNS = {  # in this order; {} is the folder of the run
     "grpo": "grpo_video.py --max_steps 12 --output_dir {}/grpo",
     "grpo_kl": "grpo_video.py --max_steps 3 --kl_coef 0.1 --num_updates 2 --micro_batch_size 12 --rollout_prompts 3 "

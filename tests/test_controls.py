@@ -302,8 +302,8 @@ def test_the_trainers_leave_out_what_an_evaluation_answered(tmp_path, world, cap
 # ----------------------------------------------------------------------------------------------------------------------
 # Two evaluations side by side.
 
-def record(i, parsed, gold="A", clip=True, group="", file="annotations/validation_L1.jsonl"):
-    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4" if clip else "",
+def record(i, parsed, gold="A", clip=True, part="", file="annotations/validation_L1.jsonl"):
+    return {"file": file, "sample_id": str(i), "part": part, "video": "x.mp4" if clip else "",
             "options": ["w", "x", "y", "z"], "gold": gold, "parsed": parsed, "correct": parsed == gold,
             "truncated": False, "error": ""}
 

@@ -113,14 +113,14 @@ def test_training_shape(root):
 
 def test_validation_shape_is_told_by_its_fields_though_it_has_an_answer_too(root):
     first, second = load(root, VALIDATION, {**VALIDATION, "sample_id": "b", "domain": "Hobbies"})
-    assert first.options == ("grab onion", "grab knife", "wash", "close") and first.gold == "C" and first.group == ""
-    assert first.answer == "" and first.negatives == () and second.group == "Hobbies"
+    assert first.options == ("grab onion", "grab knife", "wash", "close") and first.gold == "C" and first.part == ""
+    assert first.answer == "" and first.negatives == () and second.part == "Hobbies"
 
 
 def test_long_video_bench_shape(root):
     (question,) = load(root, LONG_VIDEO)
     assert question == Question("x_0", "Who is it?", (root / "videos/long.mp4").resolve(), None,
-                            options=("a man", "a dog", "a cat"), gold="B", group="600")
+                            options=("a man", "a dog", "a cat"), gold="B", part="600")
 
 
 def test_free_form_shape(root, tokenizer):

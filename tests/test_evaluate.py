@@ -34,8 +34,8 @@ def test_mcnemar_equals_counting_all_coin_flips(only_ours, only_theirs):
     assert mcnemar_p(only_ours, only_theirs) == pytest.approx(extreme / 2 ** n)
 
 
-def record(i, parsed, gold="A", group="", file="annotations/validation_L1.jsonl", error=""):
-    return {"file": file, "sample_id": str(i), "group": group, "video": "x.mp4", "options": ["w", "x", "y", "z"],
+def record(i, parsed, gold="A", part="", file="annotations/validation_L1.jsonl", error=""):
+    return {"file": file, "sample_id": str(i), "part": part, "video": "x.mp4", "options": ["w", "x", "y", "z"],
             "gold": gold, "parsed": parsed, "correct": parsed == gold, "truncated": False, "error": error}
 
 
@@ -48,7 +48,7 @@ def test_summary_counts_everything_that_was_asked():
 
 def test_summary_by_domain_and_published_numbers(capsys):
     domains = ["Daily life", "Hobbies", "Recreation", "Work"]
-    records = [record(i, "A", group=domains[i % 4], file="x/validation_L3.jsonl") for i in range(1321)]
+    records = [record(i, "A", part=domains[i % 4], file="x/validation_L3.jsonl") for i in range(1321)]
     rows = summarise(records)
     assert [row["part"] for row in rows] == ["", *domains] and sum(row["n"] for row in rows[1:]) == 1321
     assert rows[0]["published"] == (31.57, 38.15, 44.89) and rows[2]["published"] == (32.30, 41.02, 45.08)
