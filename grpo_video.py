@@ -1,4 +1,4 @@
-"""GRPO on video questions, from scratch: the policy answers each question G times and learns which answers were right.
+"""GRPO on video questions, from scratch: the policy answers each question G times, and learns from which were right.
 
     python grpo_video.py                                # the toy world on a laptop, minutes
     torchrun --nproc_per_node 2 grpo_video.py           # the same run on two processes: same prompts, same completions
@@ -34,7 +34,7 @@ Where this departs from the published SEED-Bench-R1 run, and why:
     5. The denominators of the loss are those of the whole step: ranks and micro-batches only split a sum.
     6. An unreadable video is left out and counted. The release trains its question on another video.
     7. KL is not computed, and no reference is loaded, when --kl_coef is 0.
-    8. Vision tokens are banned from completions, in sampling and in log-probs alike: they stand for missing pixels.
+    8. Vision tokens are banned from completions, in sampling and in log-probs alike: no pixels belong to them.
     9. Groups of equal rewards are not learned: they have no advantage. With KL on, their pull towards the reference is
        lost; --learn_flat_groups keeps it, as published.
 
@@ -73,16 +73,17 @@ class Args(TrainArgs):
     format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1", least=0)
     # 3 advantage
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
+    learn_flat_groups: bool = arg(False, "also learn groups of equal rewards, for their KL term; no use with kl_coef 0")
+    # 4 ratio
+    naive: bool = arg(False, "learn padded rows of prompt and completion, the prompt once per row: slower, same result")
     # 5 objective, 6 KL
     clip_low: float = arg(0.2, "eps_low: where A < 0, a ratio below 1 - clip_low gets no gradient", least=0, most=1)
     clip_high: float = arg(0.2, "eps_high: where A > 0, a ratio above 1 + clip_high gets none (DAPO: 0.28)", least=0)
     kl_coef: float = arg(0.1, "beta; 0 loads no reference model", least=0)
     # 7 update
     loss_agg: str = arg("sequence_mean", "sequence_mean (published), token_mean (DAPO) or constant (Dr. GRPO)")
-    learn_flat_groups: bool = arg(False, "also learn groups of equal rewards, for their KL term; no use with kl_coef 0")
     num_updates: int = arg(1, "optimizer updates on each rollout", least=1)
     learning_rate: float = arg(1e-6, "at the start; decays linearly to 0 over the run, without warm-up", least=0)
-    naive: bool = arg(False, "learn padded rows of prompt and completion, the prompt once per row: slower, same result")
     print_every: int = arg(10, "print one prompt and completion with its reward every so many steps", least=1)
 
     def __post_init__(self):
