@@ -273,7 +273,7 @@ def main(args: Args) -> Path:
     policy = runtime.load_policy(args, device, naive=args.naive)
     reference = runtime.load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     output_dir = runtime.open_run(args, args.resume)
     first_step = runtime.load_checkpoint(output_dir, policy, optimizer) if args.resume else 0
     sampler = runtime.make_sampler(policy, device)

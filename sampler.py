@@ -22,9 +22,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
+
+BLOCK = 128  # tokens: divides the vocabularies of 2B and 7B
 
 
 class Completions(NamedTuple):
@@ -58,11 +61,12 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
     hidden = cache.prefill(prompts)  # (N, D): the last state of each row
     rows = torch.arange(B * G, device=device)  # (R,): those that are still decoded
     for t in range(C):
-        logits = sampler.lm_head(hidden).to(logps.dtype).index_fill(1, banned_ids, -torch.inf)  # (R, V)
+        # In place, because at V = 152,064 each copy of the logits counts.
+        logits = sampler.lm_head(hidden).to(logps.dtype).div_(temperature or 1.0).index_fill_(1, banned_ids, -torch.inf)
         # ABLATE: top-k or top-p would sample from another policy than the one whose log-probs are trained.
-        log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
-        token = draw(log_probs, uniforms[rows, t]) if temperature > 0 else log_probs.argmax(-1)  # (R,)
-        ids[rows, t], logps[rows, t] = token, log_probs.gather(1, token[:, None])[:, 0]
+        probs = logits.softmax(-1)  # (R, V)
+        token = draw(probs, uniforms[rows, t]) if temperature > 0 else logits.argmax(-1)  # (R,)
+        ids[rows, t], logps[rows, t] = token, probs.gather(1, token[:, None])[:, 0].log()
         ended[rows] |= torch.isin(token, end_ids)
         if t + 1 == C:
             break
@@ -78,12 +82,19 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
     return Completions(ids.masked_fill(~mask_from_lengths(lengths, t + 1), 0), lengths, ended, logps)
 
 
-def draw(log_probs: Tensor, u: Tensor) -> Tensor:
-    """One token of each row: log_probs (R, V), u (R,) float64 uniform in (0, 1] -> (R,) int64."""
+def draw(probs: Tensor, u: Tensor) -> Tensor:
+    """One token of each row: probs (R, V), u (R,) float64 uniform in (0, 1] -> (R,) int64."""
     # The first token at which the cumulated probability reaches u: never one of probability 0, and without
-    # torch.multinomial's CPU-GPU sync. float64, or tokens below 1e-7 would be drawn too seldom.
-    cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
+    # torch.multinomial's CPU-GPU sync. First the block of tokens, then the token in it, so that only a few numbers are
+    # float64: in float32 tokens below 1e-7 would be drawn too seldom.
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
+    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    place = u[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, place)  # (R, 1)
+    before = F.pad(cdf, (1, 0)).gather(1, block)
+    share = (place - before) / (cdf.gather(1, block) - before)  # of this block's probability: in (0, 1]
+    cdf = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + torch.searchsorted(cdf, share * cdf[:, -1:]))[:, 0]
 
 
 def completion_text(tokenizer, ids: Tensor, length: int, ended: bool) -> str:
@@ -104,7 +115,7 @@ class GroupCache:
         d = config.hidden_size // config.num_attention_heads
         zeros = partial(torch.zeros, device=device)
         self.column = zeros(1, dtype=torch.int64)  # of a completion, where the next token goes
-        self.columns = torch.arange(C, device=device)
+        self.columns, self.width = torch.arange(C, device=device), 0  # of which the first `width` are read
         self.first_position = zeros(B * G, dtype=torch.int64)
         self.prompt_mask = zeros(B, P, dtype=torch.bool)
         # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
@@ -118,6 +129,7 @@ class GroupCache:
         self.prompt_mask.copy_(mask_from_lengths(prompts.lengths, self.prompt_mask.shape[1]))
         self.first_position.copy_(prompts.next_position.repeat_interleave(self.G))
         self.column.zero_()
+        self.width = 0
         packing = Packing(prompts.lengths)
 
         def attend_and_keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -131,15 +143,16 @@ class GroupCache:
 
     def feed(self, token: Tensor) -> Tensor:
         """Appends a token (R,) to each row; returns the states (R, D) that predict the next. Waits for no value."""
-        seen = torch.cat([self.prompt_mask, (self.columns <= self.column).expand(self.B, -1)], dim=1)  # (B, P + C) bool
-        bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P + C) float32
+        self.width += 1
+        own = (self.columns[:self.width] <= self.column).expand(self.B, -1)  # (B, W)
+        unseen = ~torch.cat([self.prompt_mask, own], dim=1)[:, None, None]  # (B, 1, 1, P + W) bool
         positions = (self.first_position + self.column).expand(3, -1)
         hidden = text_states(self.sampler, self.sampler.get_input_embeddings()(token), positions,
-                             partial(self.attend, bias=bias))
+                             partial(self.attend, unseen=unseen))
         self.column += 1
         return hidden
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:
         """Each row's new token sees its prompt and its own completion: (H, R, d), (H_kv, R, d) twice -> (R, H, d)."""
         heads, R, d = key.shape
         self.own_keys[layer].index_copy_(2, self.column, key.transpose(0, 1)[:, :, None])  # (R, H_kv, C, d)
@@ -149,11 +162,11 @@ class GroupCache:
         # not G times. (In bf16 the scores are rounded, which fused kernels avoid; sampler_gap shows what that comes
         # to.)
         prompt_scores = self.rows_to_groups(query) @ self.prompt_keys[layer].mT  # (B, H_kv, G * H / H_kv, P)
-        own_scores = self.rows_to_groups(query @ self.own_keys[layer].mT)  # (B, H_kv, G * H / H_kv, C)
-        probs = (torch.cat([prompt_scores, own_scores], dim=-1) + bias).softmax(-1).to(query.dtype)
-        prompt_probs, own_probs = probs.split([self.prompt_mask.shape[1], len(self.columns)], dim=-1)
+        own_scores = self.rows_to_groups(query @ self.own_keys[layer][:, :, :self.width].mT)  # (.., W)
+        probs = torch.cat([prompt_scores, own_scores], dim=-1).masked_fill_(unseen, -torch.inf).softmax(-1)
+        prompt_probs, own_probs = probs.tensor_split([self.prompt_mask.shape[1]], dim=-1)
         out = (self.groups_to_rows(prompt_probs @ self.prompt_values[layer])
-               + self.groups_to_rows(own_probs) @ self.own_values[layer])  # (R, H_kv, H / H_kv, d)
+               + self.groups_to_rows(own_probs) @ self.own_values[layer][:, :, :self.width])  # (R, H_kv, H / H_kv, d)
         return out.flatten(1, 2)
 
     def rows_to_groups(self, x: Tensor) -> Tensor:
@@ -194,7 +207,7 @@ def open_cache(sampler, prompts: Prompts, G: int, C: int, caches: dict | None) -
     B, P, device = len(prompts.lengths), int(prompts.lengths.max()), prompts.ids.device
     if caches is None:
         return GroupCache(sampler, B, P, G, C, device)
-    P = math.ceil(P / 64) * 64  # a graph has one shape: a few of them serve all prompts
+    P = math.ceil(P / 64) * 64  # a few shapes, and so a few graphs, serve all prompts
     shape = (B, P, G, C)
     if shape not in caches:
         caches[shape] = CapturedCache(sampler, *shape, device)
@@ -205,6 +218,11 @@ class CapturedCache(GroupCache):
     """Replays `feed` as one CUDA graph: one launch for all layers, not hundreds. NEVER RUN: no GPU at hand."""
 
     graph = None
+
+    def prefill(self, prompts: Prompts) -> Tensor:
+        hidden = super().prefill(prompts)
+        self.width = len(self.columns)  # a graph has one shape
+        return hidden
 
     def drop(self, ended: Tensor) -> slice:
         return slice(None)  # the graph works on the tensors that it has recorded: all rows stay where they are

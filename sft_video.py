@@ -91,7 +91,7 @@ def main(args: Args) -> Path:
     dataset, num_steps = runtime.load_training_set(args, tokenizer, for_sft=True)
     policy = runtime.load_policy(args, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     output_dir = runtime.open_run(args, args.resume)
     first_step = runtime.load_checkpoint(output_dir, policy, optimizer) if args.resume else 0
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)

@@ -25,7 +25,7 @@ from model import (
     vision_token_ids,
 )
 from runtime import copy_weights, export, load_policy, load_sampler, make_sampler
-from sampler import CapturedCache, GroupCache, completion_text, generate
+from sampler import CapturedCache, GroupCache, completion_text, draw, generate
 
 
 def load_args(**changes):
@@ -366,6 +366,38 @@ def test_tokens_too_rare_for_float32_are_drawn_where_they_should_be(qwen, tokeni
         ids, *_ = generate(loud, collate_prompts(ragged[:1], qwen.device), 2, 1, 1.0, [0], no_end, banned)
         expected = np.searchsorted(cdf, u * cdf[-1])
         assert 0 < expected < 300 and ids.flatten().tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("V", [1, 127, 128, 129, 400, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drawing_by_blocks_is_drawing_by_the_cumulated_probability(V, dtype):
+    random = torch.Generator().manual_seed(V)
+    logits = 4 * torch.randn(50, V, dtype=dtype, generator=random)
+    if V > 2:
+        logits[:, torch.randperm(V, generator=random)[:V // 2]] = -torch.inf  # whole blocks of nothing, at V = 1000
+        logits[:, 128:384] = -torch.inf
+    probs = logits.softmax(-1)
+    uniforms = 1 - torch.rand(50, 200, dtype=torch.float64, generator=random)
+    for n in range(50):
+        p = probs[n].double().numpy()
+        cdf = np.cumsum(p)
+        drawn = draw(probs[n].expand(200, -1), uniforms[n]).numpy()
+        assert (p[drawn] > 0).all()
+        # A float32 sum of a block is off by 1e-7 of it: a draw that close to the border of two tokens may differ.
+        low, high = cdf[drawn] - p[drawn], cdf[drawn]
+        wanted = uniforms[n].numpy() * cdf[-1]
+        slack = 1e-6 if dtype == torch.float32 else 1e-14
+        assert (wanted > low - slack).all() and (wanted <= high + slack).all()
+
+
+def test_draws_are_those_of_the_softmax_by_chi_squared():
+    probs = torch.randn(300, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    n = 200_000
+    u = 1 - torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    counts = torch.bincount(draw(probs.expand(n, -1), u), minlength=300)
+    expected = n * probs.double()
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert expected.min() > 5 and abs(chi2 - 299) < 4 * (2 * 299) ** 0.5, chi2  # 299 degrees of freedom
 
 
 def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged):
