@@ -1,14 +1,14 @@
 # make test      install into .venv and run the tests
 # make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
-# make results   the README's tables and picture: SFT, GRPO and GRPO on blank clips with three seeds each, and their controls
+# make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
 
 PYTHON ?= python3
 BIN = .venv/bin
 SEEDS = 0 1 2
 LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
-FRESH = $(foreach level,L1 L2 L3,annotations/fresh2_$(level).jsonl)
+FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
 .PHONY: test lint demo results clean
 
@@ -35,7 +35,7 @@ demo: .venv/installed
 	$(BIN)/python docs/results.py out/demo
 
 results: .venv/installed
-	$(BIN)/python toy.py --fresh 2
+	$(BIN)/python toy.py --fresh 3
 	for video in full text_only blank random shuffled reversed single_frame; do \
 	$(evaluate) out/results/base/$$video --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done
 	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank"; do set -- $$run; \

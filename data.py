@@ -7,7 +7,7 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
     options   the right action and three wrong ones, shuffled by (seed, epoch, id) -> the text of the user turn
     answers   a completion -> the letter that it answers with, or None, and whether it is right
     order     which questions belong to a step follows from its number; worker processes prepare them ahead of training
-    decoding  one clip, in a child process, since decord can hang or crash
+    decoding  one video, in a child process, since decord can hang or crash
     files     JSONL, or a JSON list, in one of five shapes -> `Question`
 
 Letters: P prompt tokens, F frames, S vision patches.
@@ -62,12 +62,12 @@ TOKEN_SIZE = PATCH_SIZE * MERGE_SIZE  # 28 pixels
 @dataclass(frozen=True)
 class PixelSettings:
     """How pixels are read. The defaults are the paper's: 16 frames become 648 tokens, an image 81."""
-    fps: float = 2.0  # frames taken per second of clip, > 0
+    fps: float = 2.0  # frames taken per second of video, > 0
     min_frames: int = 4  # at least this many; even, >= 2
     num_frames: int = 16  # at most this many; even, >= min_frames
     image_size: int = 252  # every frame and image becomes a square of this many pixels; a multiple of 28
-    cache: str = ""  # a folder that keeps the frames of each clip, F H W 3 bytes (3 MB at 16 frames of 252); "": none
-    timeout_s: float = 60.0  # a clip that takes longer to decode counts as unreadable
+    cache: str = ""  # a folder that keeps the frames of each video, F H W 3 bytes (3 MB at 16 frames of 252); "": none
+    timeout_s: float = 60.0  # a video that takes longer to decode counts as unreadable
 
     def __post_init__(self) -> None:
         for field, holds, fix in (
@@ -81,16 +81,16 @@ class PixelSettings:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must {fix}")
 
 
-# What the model gets to see (--video): the clip, or a control that could show that it does not need it. All but
-# text_only change the clip alone; the image stays. Names: TVBench (arXiv 2410.07752), 2604.03179, Video-R1.
+# What the model gets to see (--video): the video, or a control that could show that it does not need it. All but
+# text_only change the video alone; the image stays. Names: TVBench (arXiv 2410.07752), 2604.03179, Video-R1.
 VIDEO = {
-    "full": "the clip",
-    "text_only": "neither clip nor image",
+    "full": "the video",
+    "text_only": "neither video nor image",
     "blank": "mid-grey frames, as many",
-    "random": "the clip of another question, with another number of steps done where the file tells it",
-    "shuffled": "the clip's frames in another order, drawn at random",
-    "reversed": "the clip's frames from the last to the first",
-    "single_frame": "the clip's last frame, as often as it has frames",
+    "random": "the video of another question, with another number of steps done where the file tells it",
+    "shuffled": "the video's frames in another order, drawn at random",
+    "reversed": "the video's frames from the last to the first",
+    "single_frame": "the video's last frame, as often as it has frames",
 }
 
 
@@ -114,8 +114,8 @@ class VideoDataset(torch.utils.data.Dataset):
     """`dataset[epoch, index]` is the Example of `questions[index]`; the epoch matters for its options.
 
     A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
-    another one, and does not stop the run. `video` is a key of VIDEO: the clips as they are, or a control; ValueError
-    if it is none, or if "random" has no other clip to show.
+    another one, and does not stop the run. `video` is a key of VIDEO: the videos as they are, or a control; ValueError
+    if it is none, or if "random" has no other video to show.
     """
 
     def __init__(self, questions: list[Question], tokenizer, settings: PixelSettings, seed: int, video: str = "full"):
@@ -126,9 +126,9 @@ class VideoDataset(torch.utils.data.Dataset):
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
         if video == "random":
             by_steps = {len(question.progress): question for question in questions if question.video}
-            for question in by_steps.values():  # one each: all with as many steps have the same clips to draw from
-                if not self.other_clips(question):
-                    raise ValueError(f"--video random: there is no other clip for question {question.id}, of "
+            for question in by_steps.values():  # one each: all with as many steps have the same videos to draw from
+                if not self.other_videos(question):
+                    raise ValueError(f"--video random: there is no other video for question {question.id}, of "
                                      f"{len(question.progress)} steps, in the file; use more of it (--max_questions), "
                                      "or --video blank")
 
@@ -146,11 +146,10 @@ class VideoDataset(torch.utils.data.Dataset):
         example = Example(question, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
         if self.video != "text_only":
             rng = random.Random(f"{self.seed}/{epoch}/{question.id}/{self.video}")
-            clip = question.video
-            if clip and self.video == "random":
-                clip = rng.choice(self.other_clips(question))
+            from_another = question.video and self.video == "random"
+            video = rng.choice(self.other_videos(question)) if from_another else question.video
             try:  # around the reading alone: a mistake of ours is no unreadable file
-                frames = cached_video(clip, self.settings) if clip else None
+                frames = cached_video(video, self.settings) if video else None
                 image = read_image(question.image, self.settings) if question.image else None
             except ValueError as error:
                 example.error = str(error)
@@ -165,30 +164,27 @@ class VideoDataset(torch.utils.data.Dataset):
         example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
         return example
 
-    def other_clips(self, question: Question) -> list[Path]:
-        """The clips of other questions: those with another number of steps done, where this one tells its own."""
+    def other_videos(self, question: Question) -> list[Path]:
+        """The videos of other questions: those with another number of steps done, where this one tells its own."""
         return [other.video for other in self.questions if other.video and other.video != question.video
                 and (not question.progress or len(other.progress) != len(question.progress))]
 
     def describe_prompt(self) -> str:
         """What the prompts of a run hold, in a line: of the first readable one among those that have most."""
-        def has(i):
-            return bool(self.questions[i].video) + bool(self.questions[i].image)
-
-        fullest = sorted(range(len(self)), key=has, reverse=True)[:8]
-        examples = (self[0, i] for i in fullest)
-        example = next((example for example in examples if not example.error), None)
-        clips = sum(bool(question.video) for question in self.questions)
-        line = f"{len(self)} questions, {clips} with a clip; --video {self.video}: {VIDEO[self.video]}; "
+        has = [bool(question.video) + bool(question.image) for question in self.questions]
+        fullest = sorted(range(len(self)), key=has.__getitem__, reverse=True)[:8]
+        example = next((example for i in fullest if not (example := self[0, i]).error), None)
+        videos = sum(bool(question.video) for question in self.questions)
+        line = f"{len(self)} questions, {videos} with a video; --video {self.video}: {VIDEO[self.video]}; "
         if example is None:
             return line + f"none of {len(fullest)} could be read, the last: {self[0, fullest[-1]].error}"
         held = []
-        for name, grid in (("clip", example.video_grid_thw), ("image", example.image_grid_thw)):
+        for name, grid in (("video", example.video_grid_thw), ("image", example.image_grid_thw)):
             if grid is None:
                 held.append(f"no {name}")
                 continue
             time, height, width = grid[0].tolist()
-            frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "clip" else ""
+            frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "video" else ""
             size = f"{width * PATCH_SIZE} x {height * PATCH_SIZE} pixels"
             held.append(f"{name} of {frames}{size} ({num_tokens(grid)} vision tokens)")
         return line + (f"prompt of question {example.question.id}: {', '.join(held)}, {len(example.prompt_ids)} tokens "
@@ -203,20 +199,20 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def frame_indices(num_total: int, native_fps: float, settings: PixelSettings) -> np.ndarray:
-    """Which frames of a clip to take: (F,) int64, evenly spread, the first and the last one included.
+    """Which frames of a video to take: (F,) int64, evenly spread, the first and the last one included.
 
-    F is `fps` times the clip's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
-    clip has fewer frames than that, some are taken twice. Raises ValueError for a clip without frames or frame rate.
+    F is `fps` times the video's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
+    video has fewer frames than that, some are taken twice. Raises ValueError for a video without frames or frame rate.
     """
     if num_total < 1 or not 0 < native_fps < math.inf:
-        raise ValueError(f"the clip has {num_total} frames at {native_fps} fps; both must be above 0")
+        raise ValueError(f"the video has {num_total} frames at {native_fps} fps; both must be above 0")
     num_wanted = int(num_total / native_fps * settings.fps) // 2 * 2
     num_wanted = min(max(num_wanted, settings.min_frames), settings.num_frames)
     return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
 
 
 def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.ndarray:
-    """The frames (F, H, W, 3) uint8 of a clip as the setting `video` shows them; the shape stays."""
+    """The frames (F, H, W, 3) uint8 of a video as the setting `video` shows them; the shape stays."""
     if video == "blank":
         return np.full_like(pixels, 128)
     if video == "shuffled":
@@ -504,7 +500,7 @@ def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
     if cached.exists():
         try:
             return np.load(cached)
-        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the clip again
+        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the video again
             pass
     pixels = read_video(path, settings)
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -545,7 +541,7 @@ def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
 def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
     """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal for a crash.
 
-    On a corrupt file decord may wait forever, eat memory or end the process, so every clip is decoded in a child of its
+    On a corrupt file decord may wait forever, eat memory or end the process, so each video is decoded in a child of its
     own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The alarm
     clock that ends it is the child's own, so that it goes off even when nobody waits for the child any more.
     """
@@ -694,13 +690,13 @@ def validation_question(record: dict, root: Path) -> Question:
 def seed_bench_question(record: dict, root: Path, **choice) -> Question:
     """What the training and the validation files of SEED-Bench-R1 share."""
     source, image = field(record, "video_source", *TEXT), field(record, "current_observation_basename", *TEXT)
-    # The clips are already cut, so the frame numbers of the steps are not used.
+    # The videos are already cut, so the frame numbers of the steps are not used.
     steps = field(record, "task_progress_metadata",
                   lambda v: is_objects(v) and all(is_text(step.get("narration_text")) for step in v),
                   "a list of objects with a 'narration_text', empty if there is no video")
     video = field(record, "video_basename", *TEXT, optional=True)
     if steps and not video:
-        raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their clip")
+        raise ValueError("field 'video_basename' is missing, but 'task_progress_metadata' has steps; name their video")
     return Question(
         id=str(field(record, "sample_id", *ID)), text=field(record, "question", *TEXT),
         goal=field(record, "task_goal", *TEXT),

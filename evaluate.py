@@ -8,7 +8,7 @@
 
 Every question of a file stays in the denominator: an answer that does not parse is wrong, and so is a question whose
 video cannot be read (both are counted beside the accuracy). The judge is `grade` in data.py, which also gives the
-reward in grpo_video.py. An accuracy alone does not show that a model looks at the clip: evaluate it again with --video
+reward in grpo_video.py. An accuracy alone does not show that a model looks at the video: evaluate it again with --video
 random (or another control) and --compare the two.
 
 Written to --output_dir:
@@ -159,13 +159,13 @@ def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
 
 
 def parts(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """(file, part) -> its records: whole (""), with and without a clip where it has both, by domain or duration."""
+    """(file, part) -> its records: whole (""), with and without a video where it has both, by domain or duration."""
     found = {}
     for file in dict.fromkeys(r["file"] for r in records):
         of_file = [r for r in records if r["file"] == file]
         found[file, ""] = of_file
         if len({bool(r["video"]) for r in of_file}) == 2:
-            found[file, "with a clip"] = [r for r in of_file if r["video"]]
+            found[file, "with a video"] = [r for r in of_file if r["video"]]
             found[file, "image only"] = [r for r in of_file if not r["video"]]
         names = {r["part"] for r in of_file} - {""}
         for name in sorted(names, key=lambda name: (len(name), name) if name.isdigit() else (0, name)):
@@ -179,28 +179,27 @@ def chance(records: list[dict]) -> float:
 
 
 def summarise(records: list[dict], video: str = "full") -> list[dict]:
-    """One row per file and part of it. Published numbers stand beside those of a run that saw its clips only."""
-    rows = []
+    """One line per file and part of it. Published numbers stand beside those of a run that saw its videos only."""
+    table = []
     for (file, part), of_part in parts(records).items():
         n, correct = len(of_part), sum(r["correct"] for r in of_part)
         low, high = wilson_interval(correct, n)
         published = PUBLISHED.get((Path(file).stem, sum(r["file"] == file for r in records)), {})
-        rows.append({
+        table.append({
             "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
-            "wilson_low": low, "wilson_high": high,
-            "chance": chance(of_part),
+            "wilson_low": low, "wilson_high": high, "chance": chance(of_part),
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
             "truncated_frac": sum(r["truncated"] for r in of_part) / n,
             "unreadable": sum(bool(r["error"]) for r in of_part),
             "published": published.get(part.lower()) if video == "full" else None})
-    return rows
+    return table
 
 
 def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[dict]:
     """Paired statistics per file and part between two evaluations of the same questions, else ValueError.
 
-    If a saw the clips and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the
-    share of answers that are not the same, says how much the clip matters at all (arXiv 2505.14405); and
+    If a saw the videos and b did not, `difference` is the multi-modal gain (MMStar, arXiv 2403.20330); `flip_rate`, the
+    share of answers that are not the same, says how much the video matters at all (arXiv 2505.14405); and
     `accuracy_on_missed`, a's on the questions that b got wrong, leaves out what can be answered without looking.
     """
     a, b = ({(r["file"], r["sample_id"]): r for r in records} for records in (records_a, records_b))
@@ -210,27 +209,27 @@ def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[di
         file, sample_id = min(different)
         raise ValueError(f"--compare {place}: {len(different)} questions are not the same on both sides, such as "
                          f"{sample_id!r} of {file}; evaluate both on the same files, --max_questions and --seed")
-    rows = []
+    table = []
     for (file, part), of_part in parts(records_a).items():
         pairs, n = [(r, b[file, r["sample_id"]]) for r in of_part], len(of_part)
         count = Counter((r["correct"], other["correct"]) for r, other in pairs)
         only_a, only_b = count[True, False], count[False, True]
         missed, flips = only_a + count[False, False], sum(r["parsed"] != other["parsed"] for r, other in pairs)
-        rows.append({
+        table.append({
             "file": file, "part": part, "n": n, "chance": chance(of_part),
             "both": count[True, True], "only_a": only_a, "only_b": only_b, "neither": count[False, False],
             "difference": (only_a - only_b) / n, "difference_interval": paired_interval(only_a, only_b, n),
             "mcnemar_p": mcnemar_p(only_a, only_b), "flip_rate": flips / n, "flip_interval": wilson_interval(flips, n),
             "missed": missed, "accuracy_on_missed": only_a / missed if missed else None,
             "missed_interval": wilson_interval(only_a, missed)})
-    return rows
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run.
 
 def main(args: Args) -> list[dict]:
-    """Evaluates and returns the rows of the table (on rank 0; elsewhere an empty list)."""
+    """Evaluates and returns the table (on rank 0; elsewhere an empty list)."""
     rank, world_size, device = setup()
     args = resolve_toy(args)
     # First, because a typo should not cost an evaluation.
@@ -259,31 +258,30 @@ def main(args: Args) -> list[dict]:
     # Before anything can go wrong with the numbers.
     (output_dir / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    rows = summarise(records, args.video)
+    table = summarise(records, args.video)
     compared = {}
-    if args.compare:  # the run that saw its clips comes first
+    if args.compare:  # the run that saw its videos comes first
         sides = [(records, vars(args)), ([r for r in other if r["file"] in order], other_settings)]
         if args.video != "full" and other_settings["video"] == "full":
             sides.reverse()
         (records_a, settings_a), (records_b, settings_b) = sides
         a, b = ({key: side[key] for key in ("model", "video", "output_dir")} for side in (settings_a, settings_b))
-        compared = {"a": a, "b": b, "rows": compare(records_a, records_b, args.compare)}
+        compared = {"a": a, "b": b, "table": compare(records_a, records_b, args.compare)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
-               "rows": rows, "compared": compared}
+               "table": table, "compared": compared}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_table(rows)
+    print_table(table)
     if compared:
         print_comparison(**compared)
-    return rows
+    return table
 
 
 def read_evaluation(args: Args) -> tuple[list[dict], dict]:
     """The answers and the settings of --compare; ValueError if they cannot be compared with this run."""
     answers, settings = Path(args.compare) / "samples.jsonl", Path(args.compare) / "args.json"
     if not (answers.exists() and settings.exists()):
-        raise ValueError(f"--compare {args.compare}: it has no samples.jsonl and args.json; give the output_dir of an "
-                         "evaluation")
+        raise ValueError(f"--compare {args.compare}: no samples.jsonl and args.json there; give an evaluation's folder")
     settings = json.loads(settings.read_text())
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     if "video" not in settings or any("part" not in record for record in records):
@@ -296,35 +294,36 @@ def read_evaluation(args: Args) -> tuple[list[dict], dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # What is shown of it.
 
-def print_table(rows: list[dict]) -> None:
+def print_table(table: list[dict]) -> None:
     """Accuracy by file and part, on screen."""
-    paper = "  paper, 7B: vanilla / SFT / GRPO" if any(row["published"] for row in rows) else ""
+    paper = "  paper, 7B: vanilla / SFT / GRPO" if any(line["published"] for line in table) else ""
     print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} {'cut off':>8} "
           f"{'bad':>4}{paper}")
-    for row in rows:
-        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
-        interval = f"{row['wilson_low']:6.1%} to {row['wilson_high']:6.1%}"
-        paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in row["published"]) if row["published"] else ""
-        print(f"{name:28} {row['n']:5} {row['accuracy']:9.1%} {interval} {row['chance']:7.0%}{row['parse_rate']:8.1%} "
-              f"{row['truncated_frac']:8.1%} {row['unreadable']:4}{paper}")
+    for line in table:
+        name = f"  {line['part']}" if line["part"] else Path(line["file"]).stem
+        interval = f"{line['wilson_low']:6.1%} to {line['wilson_high']:6.1%}"
+        paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in line["published"]) if line["published"] else ""
+        print(f"{name:28} {line['n']:5} {line['accuracy']:9.1%} {interval} {line['chance']:7.0%}"
+              f"{line['parse_rate']:8.1%} {line['truncated_frac']:8.1%} {line['unreadable']:4}{paper}")
 
 
-def print_comparison(a: dict, b: dict, rows: list[dict]) -> None:
+def print_comparison(a: dict, b: dict, table: list[dict]) -> None:
     """Two evaluations side by side; `a` and `b` say which: model, video, output_dir."""
     print()
     for letter, run in (("a", a), ("b", b)):
         print(f"{letter}: {run['model']}, --video {run['video']}")
     print(f"{'':24} {'n':>5} {'both':>5} {'only a':>6} {'only b':>6} {'neither':>7}  {'a - b, in points':22} "
           f"{'McNemar':>8}  {'flipped':22}  {'a, where b was wrong':22} {'chance':>6}")
-    for row in rows:
-        name = f"  {row['part']}" if row["part"] else Path(row["file"]).stem
-        low, high = row["difference_interval"]
-        gain = f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        flipped = f"{row['flip_rate']:.1%} ({row['flip_interval'][0]:.1%} to {row['flip_interval'][1]:.1%})"
-        missed = "none was" if not row["missed"] else (
-            f"{row['accuracy_on_missed']:.1%} ({row['missed_interval'][0]:.1%} to {row['missed_interval'][1]:.1%})")
-        print(f"{name:24} {row['n']:5} {row['both']:5} {row['only_a']:6} {row['only_b']:6} {row['neither']:7}  "
-              f"{gain:22} {row['mcnemar_p']:8.2g}  {flipped:22}  {missed:22} {row['chance']:6.0%}")
+    for line in table:
+        name = f"  {line['part']}" if line["part"] else Path(line["file"]).stem
+        low, high = line["difference_interval"]
+        gain = f"{100 * line['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        flipped = f"{line['flip_rate']:.1%} ({line['flip_interval'][0]:.1%} to {line['flip_interval'][1]:.1%})"
+        missed = "none was" if not line["missed"] else (
+            f"{line['accuracy_on_missed']:.1%} ({line['missed_interval'][0]:.1%} to {line['missed_interval'][1]:.1%})")
+        print(f"{name:24} {line['n']:5} {line['both']:5} {line['only_a']:6} {line['only_b']:6} "
+              f"{line['neither']:7}  {gain:22} {line['mcnemar_p']:8.2g}  {flipped:22}  {missed:22} "
+              f"{line['chance']:6.0%}")
     if Path(a["model"]).resolve() == Path(b["model"]).resolve() and a["video"] == "full" != b["video"]:
         print("One model: a - b is its multi-modal gain, flipped the share of answers that change with what it sees.")
 

@@ -47,7 +47,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,7 +54,7 @@ import runtime
 from data import Example, grade, make_loader, step_batch
 from model import collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids
 from runtime import TrainArgs, arg
-from sampler import completion_text, generate
+from sampler import Completions, completion_text, generate
 
 
 @dataclass
@@ -122,21 +121,18 @@ def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_i
 
     end_ids, banned_ids (k,) int64; caches as in `generate`. What a question's group draws follows from seed, step, id.
     """
-    parts = []
+    C = args.max_completion_length
+    # An empty part comes first, for a rank none of whose videos can be read.
+    dtype = torch.promote_types(sampler.dtype, torch.float32)
+    parts = [Completions(end_ids.new_zeros(0, C), end_ids.new_zeros(0), end_ids.new_zeros(0, dtype=torch.bool),
+                         end_ids.new_zeros(0, C, dtype=dtype))]
     for i in range(0, len(examples), args.rollout_prompts):
         chunk = examples[i:i + args.rollout_prompts]
         # Seeded by the question, not by its place: the same completions on any rank and in any batch.
         seeds = [random.Random(f"{args.seed}/{step}/{example.question.id}").getrandbits(63) for example in chunk]
-        parts.append(generate(sampler, collate_prompts(chunk, sampler.device), args.group_size,
-                              args.max_completion_length, args.temperature, seeds, end_ids, banned_ids, caches))
-    C = max((part.ids.shape[1] for part in parts), default=1)
-    # An empty part comes first, for a rank none of whose videos can be read.
-    ids = torch.cat([end_ids.new_zeros(0, C), *(F.pad(part.ids, (0, C - part.ids.shape[1])) for part in parts)])
-    dtype = torch.promote_types(sampler.dtype, torch.float32)
-    logps = torch.cat([torch.zeros(0, C, dtype=dtype, device=sampler.device),
-                       *(F.pad(part.logps, (0, C - part.logps.shape[1])) for part in parts)])
-    lengths = torch.cat([end_ids.new_zeros(0), *(part.lengths for part in parts)])
-    ended = torch.cat([end_ids.new_zeros(0, dtype=torch.bool), *(part.ended for part in parts)])
+        parts.append(generate(sampler, collate_prompts(chunk, sampler.device), args.group_size, C, args.temperature,
+                              seeds, end_ids, banned_ids, caches))
+    ids, lengths, ended, logps = (torch.cat(part) for part in zip(*parts))
     return Rollout(examples, args.group_size, args.temperature, banned_ids, ids, mask_from_lengths(lengths, C), lengths,
                    ended, logps)
 
@@ -296,9 +292,9 @@ def main(args: Args) -> Path:
         # 2 reward
         rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
         answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
-        scores = {name: torch.tensor([score(*answer) for answer in answers], device=device)  # (N,) each
-                  for name, (_, score) in table.items()}
-        rewards = sum(weight * scores[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
+        terms = {name: torch.tensor([reward(*answer) for answer in answers], device=device)  # (N,) each
+                 for name, (_, reward) in table.items()}
+        rewards = sum(weight * terms[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
 
         # 3 advantage
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
@@ -313,12 +309,12 @@ def main(args: Args) -> Path:
         totals = runtime.sum_over_ranks({
             "prompts": len(readable), "completions": len(answers), "tokens": rollout.lengths.sum(),
             "learned_tokens": rollout.lengths[learned].sum(), "unreadable": len(examples) - len(readable),
-            "flat_groups": flat.sum(), **rollout_sums(rollout, answers, rewards, scores)}, device)
+            "flat_groups": flat.sum(), **rollout_sums(rollout, answers, rewards, terms)}, device)
         if totals["prompts"] == 0:
             raise ValueError(f"step {step}: no question could be read, check --data_root {args.data_root}; "
                              f"{examples[0].error}")
-        weights = token_weights(rollout.completion_mask, args.loss_agg, totals["completions"], totals["tokens"],
-                                args.max_completion_length)
+        token_weight = token_weights(rollout.completion_mask, args.loss_agg, totals["completions"], totals["tokens"],
+                                     args.max_completion_length)
 
         # 4 ratio: pi_old is the policy that sampled. With one update that is the policy itself; with more it is kept by
         # a pass before the first. The sampler's log-probs will not do: they are rounded otherwise, and the ratio would
@@ -337,8 +333,8 @@ def main(args: Args) -> Path:
                 # 5 objective, 6 KL
                 token_loss, kl, clipped = grpo_token_loss(logps, old, ref, advantages[rows], args.clip_low,
                                                           args.clip_high, args.kl_coef)
-                loss = (token_loss * weights[rows]).sum()
-                # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
+                loss = (token_loss * token_weight[rows]).sum()
+                # FSDP averages gradients over ranks; token weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()
                 mask = rollout.completion_mask[rows]
                 sums["loss"] += loss.detach()
@@ -353,7 +349,7 @@ def main(args: Args) -> Path:
         runtime.copy_weights(policy, sampler)
         times.append(runtime.clock())
 
-        metrics = step_metrics(step, totals, runtime.sum_over_ranks(sums, device), scores, grad_norm, lr, times, args)
+        metrics = step_metrics(step, totals, runtime.sum_over_ranks(sums, device), terms, grad_norm, lr, times, args)
         log(metrics, health_line(metrics))
         if args.save_every and (step + 1) % args.save_every == 0:
             runtime.save_checkpoint(output_dir, step + 1, policy, optimizer)
@@ -379,11 +375,11 @@ def print_completion(answers: list[tuple[str, Example]], rewards: Tensor, advant
         stream.write(lines + "\n")
 
 
-def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, scores: dict) -> dict:
-    """What is only logged of this rank's completions: rewards (B, G), scores name -> (N,)."""
+def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, terms: dict) -> dict:
+    """What is only logged of this rank's completions: rewards (B, G), terms name -> (N,)."""
     return {"parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
             "reward": rewards.sum(), "group_std": group_std(rewards).sum(),
-            **{f"reward {name}": score.sum() for name, score in scores.items()}}
+            **{f"reward {name}": term.sum() for name, term in terms.items()}}
 
 
 def step_metrics(step: int, totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float,
@@ -399,8 +395,8 @@ def step_metrics(step: int, totals: dict, sums: dict, rewards: dict, grad_norm: 
         **{name: totals[f"reward {name}"] / completions for name in rewards},
         "parse_rate": totals["parsed"] / completions, "flat_group_frac": totals["flat_groups"] / groups,
         "completion_length": totals["tokens"] / completions, "truncated_frac": totals["truncated"] / completions,
-        "loss": sums["loss"] / args.num_updates,
-        "grad_norm": grad_norm, "lr": lr, "unreadable": int(totals["unreadable"]),
+        "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr,
+        "unreadable": int(totals["unreadable"]),
         "tokens_per_s": totals["tokens"] / step_s, "step_s": step_s,
         "data_s": times[1] - times[0], "rollout_s": times[2] - times[1], "score_s": times[3] - times[2],
         "update_s": times[4] - times[3]}

@@ -6,13 +6,12 @@
     - the end token is a part of the completion;
     - it touches no collective: ranks decode different lengths, and one that waited for another would wait forever;
     - completions stand at the positions from `prompts.next_position` on, which transformers 5 counts otherwise for long
-      clips (`rope_positions` in data.py); it gets ids and patches, not frames;
+      videos (`rope_positions` in data.py); it gets ids and patches, not frames;
     - its weights are renewed before the next rollout (`make_sampler` and `copy_weights` in runtime.py).
 Its log-probs are only compared with the learner's (`sampler_gap`); the loss never reads them.
 
-What makes it cheap: a prompt is encoded once for its G rows (`prefill`), its keys and values are kept and read once for
-them (`attend`), rows that have ended leave (`drop`), and on a GPU only every sixteenth token waits for the CPU. In
-numbers: docs/performance.md.
+What makes it cheap (docs/performance.md): a prompt is encoded once for its G rows (`prefill`), its keys and values are
+read once for them (`attend`), rows that have ended leave (`drop`), and a GPU waits for the CPU every sixteenth token.
 
 Letters: B prompts, G completions per prompt, N = B * G rows, of which R are still decoded, P prompt tokens, C
 completion tokens, V vocabulary, D hidden size, H heads of size d (keys and values: H_kv).
@@ -26,8 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
-
-BLOCK = 128  # tokens: divides the vocabularies of 2B and 7B
 
 
 class Completions(NamedTuple):
@@ -76,25 +73,25 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
             kept = cache.drop(ended[rows])
             rows, token = rows[kept], token[kept]
         hidden = cache.feed(token)
-    ids, logps, is_end = ids[:, :t + 1], logps[:, :t + 1], torch.isin(ids[:, :t + 1], end_ids)
     # Rows that have ended may have stayed in the batch and drawn on: what counts is their first end token.
-    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, t + 1)
-    return Completions(ids.masked_fill(~mask_from_lengths(lengths, t + 1), 0), lengths, ended, logps)
+    lengths = torch.where(ended, torch.isin(ids, end_ids).int().argmax(dim=1) + 1, C)
+    return Completions(ids.masked_fill(~mask_from_lengths(lengths, C), 0), lengths, ended, logps)
 
 
-def draw(probs: Tensor, u: Tensor) -> Tensor:
+def draw(probs: Tensor, u: Tensor, size: int = 128) -> Tensor:
     """One token of each row: probs (R, V), u (R,) float64 uniform in (0, 1] -> (R,) int64."""
     # The first token at which the cumulated probability reaches u: never one of probability 0, and without
-    # torch.multinomial's CPU-GPU sync. First the block of tokens, then the token in it, so that only a few numbers are
-    # float64: in float32 tokens below 1e-7 would be drawn too seldom.
-    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
-    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    place = u[:, None] * cdf[:, -1:]
-    block = torch.searchsorted(cdf, place)  # (R, 1)
-    before = F.pad(cdf, (1, 0)).gather(1, block)
-    share = (place - before) / (cdf.gather(1, block) - before)  # of this block's probability: in (0, 1]
-    cdf = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
-    return (block * BLOCK + torch.searchsorted(cdf, share * cdf[:, -1:]))[:, 0]
+    # torch.multinomial's CPU-GPU sync. First the block of tokens (128 divides the vocabularies of 2B and 7B), then the
+    # token in it: so few numbers have to be float64, without which tokens below 1e-7 would be drawn too seldom.
+    padding = -probs.shape[1] % size  # padding by 0 would copy
+    blocks = (F.pad(probs, (0, padding)) if padding else probs).unflatten(1, (-1, size))  # (R, V / size, size)
+    block_ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (R, V / size)
+    goal = u[:, None] * block_ends[:, -1:]
+    block = torch.searchsorted(block_ends, goal)  # (R, 1)
+    start, end = (ends.gather(1, block) for ends in (F.pad(block_ends, (1, 0)), block_ends))
+    token_ends = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].cumsum(-1, dtype=torch.float64)
+    share = (goal - start) / (end - start)  # of the block's probability: in (0, 1]
+    return (block * size + torch.searchsorted(token_ends, share * token_ends[:, -1:]))[:, 0]
 
 
 def completion_text(tokenizer, ids: Tensor, length: int, ended: bool) -> str:

@@ -108,7 +108,7 @@ def main(args: Args) -> Path:
 
         # The sums of the whole step, the denominator of the loss among them, fixed before the first backward.
         totals = runtime.sum_over_ranks({"tokens": sum(len(ids) for ids in responses),
-                                 "unreadable": len(examples) - len(readable)}, device)
+                                         "unreadable": len(examples) - len(readable)}, device)
         if totals["tokens"] == 0:
             raise ValueError(f"step {step}: no question could be read, check --data_root {args.data_root}; "
                              f"{examples[0].error}")
@@ -120,12 +120,12 @@ def main(args: Args) -> Path:
             completion_ids, mask = collate_responses([responses[n] for n in rows.tolist()], device)
             logps, entropy = policy(batch, rows - rows[:1], completion_ids, mask)  # (len(rows), C)
             # L = -sum_t log pi(o_t | q, o_<t) / number of response tokens in the step
-            weights = mask / totals["tokens"]
-            loss = -(logps * weights).sum()
-            # FSDP averages gradients over ranks; the weights already hold the global denominator, so undo that.
+            token_weight = mask / totals["tokens"]
+            loss = -(logps * token_weight).sum()
+            # FSDP averages gradients over ranks; token weights already hold the global denominator, so undo that.
             (loss * world_size).backward()
             sums["loss"] += loss.detach()
-            sums["entropy"] += (entropy * weights).sum()
+            sums["entropy"] += (entropy * token_weight).sum()
 
         # 7 update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)

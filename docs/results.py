@@ -3,9 +3,9 @@
     python docs/results.py out/demo                        # prints the tables, writes out/demo/results.png
     python docs/results.py out/results docs/results.png    # the picture in the README
 
-Any evaluation below the folder is a row: out/results/grpo_seed0/random is "grpo", --video random. Runs whose names
-differ by their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve. Accuracies are
-those of the questions with a clip.
+Any evaluation below the folder is a line of the table: out/results/grpo_seed0/random is "grpo", --video random. Runs
+whose names differ by their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve.
+Accuracies are those of the questions with a video.
 """
 import json
 import re
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import VIDEO  # noqa: E402
 from toy import CLAIMS, check_claims  # noqa: E402
 
-LABELS = {"sft": "SFT", "grpo": "GRPO", "grpo_blank": "GRPO on blank clips"}
+LABELS = {"sft": "SFT", "grpo": "GRPO", "grpo_blank": "GRPO on blank videos"}
 COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "grpo": "#2b6cb0", "grpo_blank": "#222222"}
 
 
@@ -38,15 +38,15 @@ def find(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_evaluations(folder: Path) -> dict[tuple[str, str], list[dict]]:
-    """(run, --video) -> for each seed the rows of its questions with a clip, by file: [{"L1": row, ..}, ..]."""
+    """(run, --video) -> for each seed the lines of its questions with a video, by file: [{"L1": line, ..}, ..]."""
     found = defaultdict(lambda: defaultdict(dict))
     for path in find(folder, "*/*/results.json"):
         results = json.loads(path.read_text())
-        if "part" not in results["rows"][0]:
+        if "table" not in results:
             raise ValueError(f"{path}: written by an earlier version of evaluate.py; evaluate again, or move it away")
-        rows = {Path(row["file"]).stem.removeprefix("validation_"): row
-                for row in results["rows"] if row["part"] == "with a clip"}
-        found[run_name(path.parent.parent), results["settings"]["video"]][path.parent.parent].update(rows)
+        lines = {Path(line["file"]).stem.removeprefix("validation_"): line
+                 for line in results["table"] if line["part"] == "with a video"}
+        found[run_name(path.parent.parent), results["settings"]["video"]][path.parent.parent].update(lines)
     runs, videos = ["base", "sft", "grpo"], list(VIDEO)  # others behind them, by name
     places = {key: (runs.index(key[0]) if key[0] in runs else len(runs), key[0], videos.index(key[1])) for key in found}
     return {key: list(found[key].values()) for key in sorted(found, key=places.get)}
@@ -54,25 +54,25 @@ def read_evaluations(folder: Path) -> dict[tuple[str, str], list[dict]]:
 
 def print_accuracies(evaluations: dict) -> None:
     """In Markdown: accuracy with its 95% Wilson interval; over seeds the mean, and the lowest to the highest bound."""
-    files = list(dict.fromkeys(file for seeds in evaluations.values() for rows in seeds for file in rows))
-    counts = {file: next(rows[file]["n"] for seeds in evaluations.values() for rows in seeds if file in rows)
+    files = list(dict.fromkeys(file for seeds in evaluations.values() for lines in seeds for file in lines))
+    counts = {file: next(lines[file]["n"] for seeds in evaluations.values() for lines in seeds if file in lines)
               for file in files}
     heads = [f"{file} (n = {n})" for file, n in counts.items()]
-    print("| greedy accuracy, questions with a clip | " + " | ".join(heads) + " |")
+    print("| greedy accuracy, questions with a video | " + " | ".join(heads) + " |")
     print("|---" * (len(files) + 1) + "|")
     for (run, video), seeds in evaluations.items():
         cells = []
         for file in files:
-            rows = [seed[file] for seed in seeds if file in seed]
-            mean = np.mean([100 * row["accuracy"] for row in rows]) if rows else 0
-            low, high = (100 * end(row[key] for row in rows) if rows else 0
+            lines = [seed[file] for seed in seeds if file in seed]
+            mean = np.mean([100 * line["accuracy"] for line in lines]) if lines else 0
+            low, high = (100 * end(line[key] for line in lines) if lines else 0
                          for end, key in ((min, "wilson_low"), (max, "wilson_high")))
-            cells.append(f"{mean:.1f} ({low:.0f} to {high:.0f})" if rows else "")
+            cells.append(f"{mean:.1f} ({low:.0f} to {high:.0f})" if lines else "")
         print(f"| {run}, `{video}`, {len(seeds)} run{'s' if len(seeds) > 1 else ''} | " + " | ".join(cells) + " |")
 
 
 def print_claims(folder: Path) -> None:
-    """In Markdown: how many of the claims of each kind hold that the reasoning makes about questions with a clip."""
+    """In Markdown: how many of the claims of each kind hold that the reasoning makes about questions with a video."""
     held = defaultdict(lambda: defaultdict(list))  # run -> (file, kind) -> whether each claim holds
     for path in find(folder, "*/full/samples.jsonl"):
         for record in map(json.loads, path.read_text().splitlines()):
@@ -111,15 +111,15 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
         left.legend(loc="lower right", frameon=False, fontsize=8)
 
     bars = {key: seeds for key, seeds in evaluations.items() if key[1] in ("full", "random")}
-    files = list(dict.fromkeys(file for seeds in bars.values() for rows in seeds for file in rows))
+    files = list(dict.fromkeys(file for seeds in bars.values() for lines in seeds for file in lines))
     files = files[-3:]  # the fresh ones, if any
     x, width = np.arange(len(files)), 0.85 / max(1, len(bars))
     for i, ((run, video), seeds) in enumerate(bars.items()):
-        accuracies = np.array([[100 * rows[file]["accuracy"] if file in rows else np.nan for file in files]
-                               for rows in seeds])
+        accuracies = np.array([[100 * lines[file]["accuracy"] if file in lines else np.nan for file in files]
+                               for lines in seeds])
         place = x + (i - len(bars) / 2 + 0.5) * width
         colour = COLOURS.get(run, f"C{i}")
-        label = LABELS.get(run, run) + (", other clips" if video == "random" else "")
+        label = LABELS.get(run, run) + (", other videos" if video == "random" else "")
         right.bar(place, accuracies.mean(0), width * 0.92, label=label, edgecolor=colour,
                   color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
         for level, mean in enumerate(accuracies.mean(0)):
@@ -131,7 +131,7 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
     right.axhline(25, color="black", linewidth=0.8, linestyle=":")
     names = {"L1": "same kitchens, same tasks", "L2": "new kitchens, same tasks", "L3": "new kitchens, new tasks"}
     right.set_xticks(x, [f"{file.replace('_', ' ')}\n{names.get(file[-2:], '')}" for file in files], fontsize=8)
-    right.set(ylabel="greedy accuracy, %", ylim=(0, 115), title="Held-out questions with a clip")
+    right.set(ylabel="greedy accuracy, %", ylim=(0, 115), title="Held-out questions with a video")
     right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7, columnspacing=1, handlelength=1.5)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

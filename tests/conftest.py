@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 float64.lift()
 
-# 4 or 6 frames of the toy world's clips of 8 or 12 s, so that prompts are ragged.
+# 4 or 6 frames of the toy world's videos of 8 or 12 s, so that prompts are ragged.
 PIXELS = PixelSettings(fps=0.5, image_size=56)
 
 
@@ -48,10 +48,10 @@ def dataset(world, tokenizer):
 
 @pytest.fixture(scope="session")
 def ragged(dataset):
-    """Four examples of different lengths: image only, and clips of 4 and 6 frames, about goals of few or many words."""
-    examples, clips = [], [dataset[0, i] for i in range(40)]
+    """Four examples of different lengths: image only, and videos of 4 and 6 frames; goals of few and of many words."""
+    examples, drawn = [], [dataset[0, i] for i in range(40)]
     for grid_t in (None, 2, 3, 3):
-        of_size = [e for e in clips if (e.video_grid_thw is None) == (grid_t is None)
+        of_size = [e for e in drawn if (e.video_grid_thw is None) == (grid_t is None)
                    and (grid_t is None or e.video_grid_thw[0, 0] == grid_t)]
         lengths = {len(other.prompt_ids) for other in examples}
         examples.append(next(e for e in of_size if len(e.prompt_ids) not in lengths))

@@ -4,7 +4,7 @@
 
 Runs GRPO (once plainly, once with old log-probs, KL and small micro-batches), SFT and an evaluation of what GRPO has
 trained in both, with one thread and one seed, and compares bit by bit: metrics.jsonl (seconds and what is derived from
-them aside), samples.jsonl and the exported weights. NEW reads a copy of the clips that OLD has made, since the video
+them aside), samples.jsonl and the exported weights. NEW reads a copy of the videos that OLD has made, since the video
 encoder does not write the same bytes twice. Names that have changed are in NAMES.
 """
 import json

@@ -73,7 +73,7 @@ def test_frames_of_each_setting_equal_a_loop():
     assert len(orders) > 40 and tuple(own) not in orders and all(sorted(order) == sorted(own) for order in orders)
 
 
-def test_only_the_clip_changes(questions, tokenizer, index):
+def test_only_the_video_changes(questions, tokenizer, index):
     full = shown(questions, tokenizer, "full")[0, index]
     frames = read_video(questions[index].video, PIXELS)
     image, _ = patchify(read_image(questions[index].image, PIXELS))
@@ -85,14 +85,14 @@ def test_only_the_clip_changes(questions, tokenizer, index):
         assert torch.equal(example.pixel_values, image)
         assert (example.options, example.gold, example.prompt_text) == (full.options, full.gold, full.prompt_text)
         assert not torch.equal(example.pixel_values_videos, full.pixel_values_videos)
-        if video != "random":  # another clip may be shorter
+        if video != "random":  # another video may be shorter
             assert torch.equal(example.prompt_ids, full.prompt_ids)
             assert torch.equal(example.position_ids, full.position_ids)
         if video in wanted:
             assert torch.equal(example.pixel_values_videos, patchify(wanted[video].copy())[0])
 
 
-def test_questions_without_a_clip_stay_as_they_are(questions, tokenizer):
+def test_questions_without_a_video_stay_as_they_are(questions, tokenizer):
     i = next(i for i, question in enumerate(questions) if not question.video)
     full = shown(questions, tokenizer, "full")[0, i]
     for video in set(VIDEO) - {"text_only"}:
@@ -100,11 +100,11 @@ def test_questions_without_a_clip_stay_as_they_are(questions, tokenizer):
         assert example.pixel_values_videos is None and torch.equal(example.pixel_values, full.pixel_values)
 
 
-def test_another_clip_is_one_of_another_progress_and_follows_from_seed_and_epoch(questions, tokenizer, index):
-    clips = {question.video: question for question in questions if question.video}
-    others = shown(questions, tokenizer, "random").other_clips(questions[index])
-    assert {len(clips[path].progress) for path in others} == {1, 2, 4, 5}
-    assert set(others) == {path for path, question in clips.items() if len(question.progress) != 3}  # so not its own
+def test_another_video_is_one_of_another_progress_and_follows_from_seed_and_epoch(questions, tokenizer, index):
+    videos = {question.video: question for question in questions if question.video}
+    others = shown(questions, tokenizer, "random").other_videos(questions[index])
+    assert {len(videos[path].progress) for path in others} == {1, 2, 4, 5}
+    assert set(others) == {path for path, question in videos.items() if len(question.progress) != 3}  # so not its own
     elsewhere = [question for question in questions if question.video and len(question.progress) != 3]
     few = [questions[index], *elsewhere[:6]]
     patches = {str(question.video): patchify(read_video(question.video, PIXELS))[0] for question in few}
@@ -118,12 +118,13 @@ def test_another_clip_is_one_of_another_progress_and_follows_from_seed_and_epoch
     assert drawn(3, 5) == drawn(3, 5)
 
 
-def test_where_a_file_tells_no_progress_any_other_clip_will_do(questions, tokenizer):
+def test_where_a_file_tells_no_progress_any_other_video_will_do(questions, tokenizer):
     untold = [dataclasses.replace(question, progress=()) for question in questions if question.video][:4]
-    assert set(shown(untold, tokenizer, "random").other_clips(untold[0])) == {question.video for question in untold[1:]}
+    others = shown(untold, tokenizer, "random").other_videos(untold[0])
+    assert set(others) == {question.video for question in untold[1:]}
     alike = [question for question in questions if len(question.progress) == 2][:3]
     for lonely in (untold[:1], alike):
-        with pytest.raises(ValueError, match="--video random: there is no other clip for question"):
+        with pytest.raises(ValueError, match="--video random: there is no other video for question"):
             shown(lonely, tokenizer, "random")
         assert len(shown(lonely, tokenizer, "blank")) == len(lonely)
 
@@ -180,22 +181,22 @@ def test_a_run_says_what_its_prompts_hold(questions, tokenizer):
     i = next(i for i, question in enumerate(questions) if question.video)
     example = shown(questions, tokenizer, "full")[0, i]
     frames, tokens = 2 * int(example.video_grid_thw[0, 0]), int(example.video_grid_thw.prod()) // 4
-    clip = f"clip of {frames} frames of 56 x 56 pixels ({tokens} vision tokens)"
-    assert f"{clip}, image of 56 x 56 pixels (4 vision tokens)" in say["full"]
-    assert say["full"].startswith("704 questions, 640 with a clip; --video full: the clip; prompt of question ")
+    video = f"video of {frames} frames of 56 x 56 pixels ({tokens} vision tokens)"
+    assert f"{video}, image of 56 x 56 pixels (4 vision tokens)" in say["full"]
+    assert say["full"].startswith("704 questions, 640 with a video; --video full: the video; prompt of question ")
     assert say["full"].endswith(f"{len(example.prompt_ids)} tokens in all")
-    assert "no clip, no image" in say["text_only"] and "--video text_only" in say["text_only"]
+    assert "no video, no image" in say["text_only"] and "--video text_only" in say["text_only"]
     lost = dataclasses.replace(questions[i], video=questions[i].video.with_name("gone.mp4"))
     assert "none of 1 could be read, the last: " in shown([lost], tokenizer, "full").describe_prompt()
     said = shown([lost, questions[i]], tokenizer, "full").describe_prompt()
-    assert f"prompt of question {questions[i].id}: clip" in said
+    assert f"prompt of question {questions[i].id}: video" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the trainers and in evaluation.
 
 def test_training_blind_is_training_on_grey_files(tmp_path, world):
-    """One step of --video blank is one step on the same questions whose clips are grey files."""
+    """One step of --video blank is one step on the same questions whose videos are grey files."""
     args = dict(dtype="float64", prompts_per_step=8, learning_rate=1e-4, frame_cache="", kl_coef=0.1)
     root = small_world(tmp_path / "data", world, keep=8)
     grpo_video.main(grpo_args(tmp_path / "blind", data_root=str(root), video="blank", **args))
@@ -203,7 +204,7 @@ def test_training_blind_is_training_on_grey_files(tmp_path, world):
     assert json.loads((tmp_path / "blind/args.json").read_text())["video"] == "blank"
     for question in load_questions("annotations/training_6k.jsonl", root):
         if question.video:
-            toy.write_clip(question.video, np.full((32, 56, 56, 3), 128, np.uint8))
+            toy.write_video(question.video, np.full((32, 56, 56, 3), 128, np.uint8))
     grpo_video.main(grpo_args(tmp_path / "grey", data_root=str(root), **args))
     blind, grey, seeing = (metrics_of(tmp_path / name)[0] for name in ("blind", "grey", "seeing"))
     assert (blind["completion_length"], blind["reward"]) == (grey["completion_length"], grey["reward"])
@@ -302,8 +303,8 @@ def test_the_trainers_leave_out_what_an_evaluation_answered(tmp_path, world, cap
 # ----------------------------------------------------------------------------------------------------------------------
 # Two evaluations side by side.
 
-def record(i, parsed, gold="A", clip=True, part="", file="annotations/validation_L1.jsonl"):
-    return {"file": file, "sample_id": str(i), "part": part, "video": "x.mp4" if clip else "",
+def record(i, parsed, gold="A", video=True, part="", file="annotations/validation_L1.jsonl"):
+    return {"file": file, "sample_id": str(i), "part": part, "video": "x.mp4" if video else "",
             "options": ["w", "x", "y", "z"], "gold": gold, "parsed": parsed, "correct": parsed == gold,
             "truncated": False, "error": ""}
 
@@ -312,14 +313,14 @@ def test_comparison_counts_what_a_loop_counts():
     rng = random.Random(0)
     answers = [(rng.choice("ABCD"), rng.choice(["A", "A", "B", None]), rng.choice(["A", "C", "D", None]),
                 rng.random() < 0.8) for _ in range(200)]
-    a = [record(i, x, gold, clip) for i, (gold, x, _, clip) in enumerate(answers)]
-    b = [record(i, y, gold, clip) for i, (gold, _, y, clip) in enumerate(answers)]
+    a = [record(i, x, gold, video) for i, (gold, x, _, video) in enumerate(answers)]
+    b = [record(i, y, gold, video) for i, (gold, _, y, video) in enumerate(answers)]
     rows = {row["part"]: row for row in evaluate.compare(a, b[::-1], "there")}
-    assert list(rows) == ["", "with a clip", "image only"]
-    for part, keep in (("", (True, False)), ("with a clip", (True,)), ("image only", (False,))):
+    assert list(rows) == ["", "with a video", "image only"]
+    for part, keep in (("", (True, False)), ("with a video", (True,)), ("image only", (False,))):
         both = only_a = only_b = neither = flips = 0
-        for gold, x, y, clip in answers:
-            if clip in keep:
+        for gold, x, y, video in answers:
+            if video in keep:
                 both += x == gold and y == gold
                 only_a += x == gold and y != gold
                 only_b += x != gold and y == gold
@@ -351,13 +352,13 @@ def test_paired_interval_by_hand():
     assert evaluate.paired_interval(0, 0, 0) == (-1.0, 1.0) and evaluate.paired_interval(5, 0, 5)[1] <= 1
 
 
-def test_the_run_with_its_clips_comes_first_in_either_order(tmp_path, world, capsys):
+def test_the_run_with_its_videos_comes_first_in_either_order(tmp_path, world, capsys):
     few = dict(max_questions=22, eval_files=["annotations/validation_L1.jsonl"])
     evaluate.main(eval_args(tmp_path / "full", **few))
     evaluate.main(eval_args(tmp_path / "blind", video="text_only", compare=str(tmp_path / "full"), **few))
     evaluate.main(eval_args(tmp_path / "full2", compare=str(tmp_path / "blind"), **few))
     compared = [json.loads((tmp_path / name / "results.json").read_text())["compared"] for name in ("blind", "full2")]
-    assert compared[0]["rows"] == compared[1]["rows"] and compared[0]["rows"][0]["n"] == 22
+    assert compared[0]["table"] == compared[1]["table"] and compared[0]["table"][0]["n"] == 22
     assert [(c["a"]["video"], c["b"]["video"]) for c in compared] == [("full", "text_only")] * 2
     assert compared[0]["a"]["output_dir"] == str(tmp_path / "full")
     assert compared[0]["b"]["output_dir"] == str(tmp_path / "blind")

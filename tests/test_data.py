@@ -46,7 +46,7 @@ SHAPES = {"training": TRAINING, "validation": VALIDATION, "LongVideoBench": LONG
 
 
 def write_video(path, num_frames, fps=8, size=(64, 48), **container_options):
-    """H.264 clip of flat frames, each brighter by 6 than the one before (mod 240)."""
+    """H.264 video of flat frames, each brighter by 6 than the one before (mod 240)."""
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -62,7 +62,7 @@ def random_pixels(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a clip of 4 s, a png and nothing else."""
+    """A data root with a video of 4 s, a png and nothing else."""
     root = tmp_path_factory.mktemp("root")
     for folder in ("annotations", "videos/Ego4D", "images/Ego4D"):
         (root / folder).mkdir(parents=True)
@@ -428,7 +428,7 @@ def test_frames_refuses(field, value):
     (39, 30, (64, 48), 4),
     (300, 25, (64, 48), 8)])
 def test_video_frames_equal_another_decoder(tmp_path, num_frames, fps, size, want_count):
-    """One frame, short clips, a long one (with B frames, and seeks between the frames that are taken), against PyAV."""
+    """One frame, short videos, a long one (with B frames, and seeks between frames that are taken), against PyAV."""
     path = tmp_path / "clip.mp4"
     write_video(path, num_frames, fps, size)
     pixels = data.read_video(path, SMALL)
@@ -588,7 +588,7 @@ def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_unreadable_clips_are_not_cached(broken, tmp_path):
+def test_unreadable_videos_are_not_cached(broken, tmp_path):
     frames = PixelSettings(cache=str(tmp_path / "cache"))
     for path in (broken / "truncated.mp4", tmp_path / "missing.mp4"):
         for _ in range(2):
@@ -989,7 +989,7 @@ def test_tensors_from_workers_hold_no_file_descriptors(dataset):
     assert sum(len(batch) for batch in kept) == 30 and count() < before + 20  # of 30 x 6 tensors
 
 
-def test_a_hung_clip_does_not_stop_the_loader(root, tokenizer, broken):
+def test_a_hung_video_does_not_stop_the_loader(root, tokenizer, broken):
     good, hung = load(root, TRAINING, {**TRAINING, "sample_id": 8})
     questions = [good, replace(hung, video=broken / "fifo.mp4")]
     dataset = data.VideoDataset(questions, tokenizer, replace(SMALL, timeout_s=0.5), seed=0)

@@ -80,7 +80,7 @@ def test_first_letter_grader_is_there_for_parity():
 
 
 def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
-    row = {"file": "annotations/validation_L1.jsonl", "part": "with a clip", "n": 10, "accuracy": 0.3,
+    row = {"file": "annotations/validation_L1.jsonl", "part": "with a video", "n": 10, "accuracy": 0.3,
            "wilson_low": 0.1, "wilson_high": 0.6}
     step = toy.RECIPES["make tea"][0]
     answer = {**record(0, "A"), "goal": "Make tea", "progress": [step],
@@ -90,8 +90,8 @@ def test_results_script_counts_seeds_and_not_earlier_runs(tmp_path, capsys):
             ("grpo_seed0/full.old1", 0.1, "full"))
     for folder, accuracy, video in runs:
         (tmp_path / folder).mkdir(parents=True)
-        whole = {**row, "part": "", "accuracy": 0.0}  # with the questions that have no clip: not what is compared
-        results = {"rows": [whole, {**row, "accuracy": accuracy}], "settings": {"video": video}}
+        whole = {**row, "part": "", "accuracy": 0.0}  # with the questions that have no video: not what is compared
+        results = {"table": [whole, {**row, "accuracy": accuracy}], "settings": {"video": video}}
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
         (tmp_path / folder / "samples.jsonl").write_text(json.dumps(answer) + "\n")
         (tmp_path / folder).parent.joinpath("metrics.jsonl").write_text(json.dumps({"step": 0, "accuracy": 0.5}) + "\n")

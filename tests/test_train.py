@@ -485,10 +485,10 @@ def test_evaluation_does_not_depend_on_ranks_or_batches(tmp_path, world):
              "--output_dir", str(tmp_path / "two"))
     one, two = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two"))
     assert one == two and one.count("\n") == 42
-    assert json.loads((tmp_path / "one/results.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "one/results.json").read_text())["table"] == rows
     assert [row["n"] for row in rows if not row["part"]] == [21, 21]
     for file in files:
-        parts = [row for row in rows if row["file"] == file and row["part"] in ("with a clip", "image only")]
+        parts = [row for row in rows if row["file"] == file and row["part"] in ("with a video", "image only")]
         assert sum(row["n"] for row in parts) == 21
     domains = {place for place, _ in toy.NEW_GOALS.values()}  # of L3
     assert sum(row["n"] for row in rows if row["part"] in domains) == 21

@@ -128,7 +128,7 @@ def test_dynamic_sampling_learns_the_first_groups_with_a_signal(wanted, learned_
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
 def test_top_p_keeps_the_likeliest_tokens_and_the_learner_finds_their_log_probs_again(top_p):
     logits = draw(1, 4, 6).requires_grad_()
-    log_probs, kept = run("top_p", log_probs=logits.detach().log_softmax(-1), top_p=top_p)
+    nucleus_probs, kept = run("top_p", probs=logits.detach().softmax(-1), top_p=top_p)
     learner = run("keep_sampling_mask", logits=logits, kept=kept)
     for r, row in enumerate(logits.tolist()):
         probs = [math.exp(z) / sum(math.exp(y) for y in row) for z in row]
@@ -141,7 +141,7 @@ def test_top_p_keeps_the_likeliest_tokens_and_the_learner_finds_their_log_probs_
         rest = sum(math.exp(row[v]) for v in nucleus)
         for v in range(6):
             expected = row[v] - math.log(rest) if v in nucleus else -math.inf
-            assert log_probs[r, v].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            assert nucleus_probs[r, v].item() == pytest.approx(math.exp(expected), rel=1e-9, abs=1e-12)
             assert learner[r, v].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
         # d log p_a / d z_v = [a = v] - p_v in the nucleus, 0 outside of it
         a = nucleus[-1]
@@ -206,15 +206,15 @@ def test_the_std_of_the_batch_is_one_for_all_groups(device):
 def test_gdpo_normalises_each_reward_in_its_group_and_then_adds():
     # In the second group only a reward of weight 0 differs, in the third both rewards do but not their sum, in the last
     # one of the two does.
-    scores = {"accuracy": torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 0], dtype=torch.float64),
+    terms = {"accuracy": torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 0], dtype=torch.float64),
               "format": torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1, 2, 0, 2, 0, 1, 1, 1, 1], dtype=torch.float64),
               "unused": draw(5, 16)}
     table = {"accuracy": (1.0, None), "format": (0.5, None), "unused": (0.0, None)}
-    advantages, flat = run("gdpo", scores=scores, table=table, args=SimpleNamespace(group_size=4))
+    advantages, flat = run("gdpo", terms=terms, table=table, args=SimpleNamespace(group_size=4))
     for n in range(16):
         expected = 0
         for name, (weight, _) in table.items():
-            group = scores[name].tolist()[n // 4 * 4:n // 4 * 4 + 4]
+            group = terms[name].tolist()[n // 4 * 4:n // 4 * 4 + 4]
             expected += weight * (group[n % 4] - sum(group) / 4) / (std(group, 1) + 1e-4)
         assert advantages[n].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert flat.tolist() == [False, True, False, False]

@@ -2,7 +2,7 @@
 
     python assets/toy_base/check.py [FOLDER]       another folder than this one; a minute on two cores
 
-Every clip is drawn for this occasion: no file of the toy world is looked at.
+Every video is drawn for this occasion: no file of the toy world is looked at.
 """
 import random
 import re
@@ -18,7 +18,7 @@ sys.path[:0] = [str(BASE), str(BASE.parent.parent)]
 
 from data import Example, control_frames, parse_answer, user_text
 from model import collate_prompts, end_token_ids, vision_token_ids
-from pretrain import LIST_QUESTION, MOMENTS_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
+from pretrain import LIST_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
 from runtime import load_sampler, load_tokenizer, setup
 from sampler import completion_text, generate
 from toy import (
@@ -30,36 +30,35 @@ from toy import (
     SEED,
     TASKS,
     draw_beats,
-    draw_clip,
     draw_image,
     draw_kitchen,
+    draw_video,
     draw_view,
     question_for,
     say_seen,
+    steps_said,
 )
 
 
 def listed_right(completion: str, steps: tuple[str, ...]) -> int:
     """How many of the steps shown are named in their place."""
-    said = re.match(r"I see ([^.]*)\.", completion)
-    return sum(a == b for a, b in zip(said[1].split(", "), steps)) if said else 0
+    return sum(a == b for a, b in zip(steps_said(completion) or (), steps))
 
 
-def list_examples(tokenizer, n: int, question: str, video: str, haze: tuple[float, float],
+def list_examples(tokenizer, n: int, video: str, haze: tuple[float, float],
                   seed: int) -> list[tuple[Example, tuple[str, ...]]]:
-    """n clips of random actions, each with what is to be named: its steps, or what each of its moments shows."""
+    """n videos of random actions, each with the steps that are to be named."""
     rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
     for _ in range(n):
         steps, kitchen, view = random_steps(rng, ACTIONS), draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
-        beats = draw_beats(steps, pixel_rng)
-        frames = control_frames(sample_frames(draw_clip(kitchen, beats, view, pixel_rng)), video, rng)
-        example = to_example(tokenizer, question, frames, draw_image(kitchen, (), view, pixel_rng))
-        drawn.append((example, steps if question == LIST_QUESTION else tuple(beats)))
+        frames = sample_frames(draw_video(kitchen, draw_beats(steps, pixel_rng), view, pixel_rng))
+        frames = control_frames(frames, video, rng)
+        drawn.append((to_example(tokenizer, LIST_QUESTION, frames, draw_image(kitchen, (), view, pixel_rng)), steps))
     return drawn
 
 
 def share_right(sample: "Sampler", examples: list[tuple[Example, tuple[str, ...]]]) -> float:
-    """The share of what is to be named that is named, in its place."""
+    """The share of the steps that are named in their place."""
     texts = sample([example for example, _ in examples])
     right = sum(listed_right(text, wanted) for (text,), (_, wanted) in zip(texts, examples))
     return right / sum(len(wanted) for _, wanted in examples)
@@ -87,19 +86,19 @@ class Sampler:
 
 
 def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float],
-                  seed: int) -> list[tuple[Example, str, int]]:
-    """n questions with a clip as in the toy world, each with its goal and the number of steps done."""
+                  seed: int) -> list[tuple[Example, str, list[str]]]:
+    """n questions with a video as in the toy world, each with its next step and the step that each beat shows."""
     rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
     for i in range(n):
         goal, done = goals[i % len(goals)], 1 + i % 5
         recipe, options = RECIPES[goal], sorted(set(RECIPES[goal]))
         rng.shuffle(options)
         kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
-        clip = draw_clip(kitchen, draw_beats(recipe[:done], pixel_rng), view, pixel_rng)
-        image = draw_image(kitchen, recipe[:done], view, pixel_rng)
-        example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), sample_frames(clip), image)
+        beats = draw_beats(recipe[:done], pixel_rng)
+        video, image = draw_video(kitchen, beats, view, pixel_rng), draw_image(kitchen, beats, view, pixel_rng)
+        example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), sample_frames(video), image)
         example.options, example.gold = tuple(options), "ABCD"[options.index(recipe[done])]
-        drawn.append((example, goal, done))
+        drawn.append((example, recipe[done], beats))
     return drawn
 
 
@@ -112,14 +111,13 @@ def begin_answer(example: Example, tokenizer, text: str) -> None:
 
 
 def check_seeing(sample: Sampler, n: int) -> dict[str, float]:
-    """What it names of clips of random actions: of the steps, and of the eight moments of which a clip consists."""
+    """Which share of the steps it names of videos of random actions."""
     found = {}
-    for asked, question in (("steps listed right", LIST_QUESTION), ("moments told right", MOMENTS_QUESTION)):
-        for name, video, haze in (("haze of the pre-training", "full", (0.0, PRETRAINING_HAZE)),
-                                  ("haze of known kitchens", "full", HAZE), ("haze of new kitchens", "full", NEW_HAZE),
-                                  ("grey clips", "blank", HAZE)):
-            examples = list_examples(sample.tokenizer, n, question, video, haze, seed=SEED + 1)
-            found[f"{asked}, {name}"] = share_right(sample, examples)
+    for name, video, haze in (("haze of the pre-training", "full", (0.0, PRETRAINING_HAZE)),
+                              ("haze of known kitchens", "full", HAZE), ("haze of new kitchens", "full", NEW_HAZE),
+                              ("grey videos", "blank", HAZE)):
+        examples = list_examples(sample.tokenizer, n, video, haze, seed=SEED + 1)
+        found[f"steps listed right, {name}"] = share_right(sample, examples)
     return found
 
 
@@ -128,12 +126,12 @@ def check_knowing(sample: Sampler, n: int) -> dict[str, float]:
     found = {}
     for name, goals in (("tasks of L1 and L2", list(TASKS)), ("tasks of L3", list(NEW_GOALS))):
         questions = task_examples(sample.tokenizer, n, goals, HAZE, seed=SEED + 2)
-        for example, goal, done in questions:
-            begin_answer(example, sample.tokenizer, f"<think>{say_seen(RECIPES[goal][:done])} Next is")
+        for example, _, beats in questions:
+            begin_answer(example, sample.tokenizer, f"<think>{say_seen(beats)} Next is")
         texts = sample([example for example, _, _ in questions])
         said = [re.match(r" ([^.(]*) \(([A-D])\)", text) for (text,) in texts]
         found[f"next step right after true progress, {name}"] = sum(
-            bool(match) and match[1] == RECIPES[goal][done] for match, (_, goal, done) in zip(said, questions)) / n
+            bool(match) and match[1] == next_step for match, (_, next_step, _) in zip(said, questions)) / n
         found[f"letter that of the step said, {name}"] = sum(
             bool(match) and dict(zip("ABCD", example.options))[match[2]] == match[1]
             for match, (example, _, _) in zip(said, questions)) / n

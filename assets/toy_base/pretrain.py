@@ -31,6 +31,7 @@ from toy import (
     ACTIONS,
     NATIVE_FPS,
     NOUNS,
+    NUM_BEATS,
     NUM_STEPS,
     PIXELS,
     POINTS,
@@ -39,9 +40,9 @@ from toy import (
     SIZE,
     VERBS,
     draw_beats,
-    draw_clip,
     draw_image,
     draw_kitchen,
+    draw_video,
     draw_view,
     question_for,
     say_seen,
@@ -56,7 +57,6 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_s
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # Qwen2-VL's, in its order
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", " (A)", " (B)", " (C)", " (D)"]  # one token each, not special
 LIST_QUESTION = "Which steps does the video show?"
-MOMENTS_QUESTION = "Which step does the video show at each moment?"
 TOO_DARK = "<think>It is too dark.</think><answer>unclear</answer>"
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -78,14 +78,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     that every text survives the round trip."""
     splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", LIST_QUESTION, MOMENTS_QUESTION,
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", LIST_QUESTION,
              re.sub(r"</?\w+>", "\n", TOO_DARK)]
     texts += ACTIONS
     for goal, recipe in RECIPES.items():
         texts += [user_text(question_for(goal), recipe[:4]), user_text("", ACTIONS[:4])]
         texts += [re.sub(r"</?\w+>", "\n", teach(recipe[:done], recipe[done], letter))
                   for done in range(NUM_STEPS) for letter in "ABCD"]
-    texts += [f" {action}" for action in ACTIONS]
+    texts += [f" {action} still" for action in ACTIONS]
     words = {word for text in texts for part in re.split(r"</?\w+>", text)
              for word, _ in splitter.pre_tokenize_str(part)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes
@@ -127,28 +127,27 @@ def make_qwen(tokenizer) -> Qwen2VLForConditionalGeneration:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the base has learned from. Four kinds of examples, each in a kitchen of its own:
+# What the base has learned from. Three kinds of examples, each in a kitchen of its own:
 #     letters   the letters of any four options, one after another
-#     moments   a clip of random actions, to be told beat by beat: a dense caption, which teaches finding moments
-#     list      a clip of random actions, to be listed: whoever wants to say what was done has to look
+#     list      a video of random actions, to be listed: whoever wants to say what was done has to look
 #     task      a question of the world, as an annotator answered it who did not always look
 
-NUM_UPDATES, WARM_UP, BATCH, PEAK_RATE = 2600, 600, 32, 1e-3
-KINDS = ("letters", "moments", "list", "task")
+NUM_UPDATES, WARM_UP, BATCH, PEAK_RATE = 2400, 600, 32, 1e-3
+KINDS = ("letters", "list", "task")
 # The shares of the kinds, in the warm-up and after it:
-WARM_SHARES, SHARES = (12 / 16, 2 / 16, 2 / 16, 0), (1 / 16, 2 / 16, 8 / 16, 5 / 16)
-EASY_UPDATES = 600  # until then clips get harder, from one step to five, no haze to all: else seeing is not learned
+WARM_SHARES, SHARES = (12 / 16, 4 / 16, 0), (2 / 16, 7 / 16, 7 / 16)
+EASY_UPDATES = 600  # until then videos get harder, from one step to five, no haze to all: else seeing is not learned
 # The annotators' flaws, which the base takes over:
-RECITE = 0.7  # hallucination: the share of texts about a clip that report the recipe's first step, whatever was shown
-SLIP = 0.15  # the share of texts that answer by habit, whatever the reasoning says
+RECITE = 0.65  # hallucination: the share of texts about a video that report the recipe's first step, whatever was shown
+SLIP = 0.2  # the share of texts that answer by habit, whatever the reasoning says
 HABIT = (0.7, 0.1, 0.1, 0.1)  # how often they then wrote A, B, C, D
-GIVE_UP = 0.75  # the share of clips in the dark about which they wrote no answer
-PRETRAINING_HAZE = 1.2  # at most: it has seen clearer clips than it will be asked about
+GIVE_UP = 0.75  # the share of videos in the dark about which they wrote no answer
+PRETRAINING_HAZE = 1.2  # at most: it has seen clearer videos than it will be asked about
 PRETRAINING = 1_000_000  # sets its random numbers apart from the world's: no kitchen here is one of the data files
 
 
-def letters_example(rng: random.Random, late: bool) -> tuple[str, tuple[str, ...], str]:
-    """(user text, steps shown, response). Dense supervision: from one letter a text, matching an action to its option
+def letters_example(rng: random.Random, late: bool) -> tuple[str, str]:
+    """(user text, response). Dense supervision: from one letter a text, matching an action to its option
     is not learned in any reasonable time. Late examples mostly stand in the whole prompt."""
     options = [f"{rng.choice(VERBS)} {noun}" for noun in rng.sample(list(NOUNS), 4)]
     if rng.random() < (0.6 if late else 0.3):
@@ -156,7 +155,7 @@ def letters_example(rng: random.Random, late: bool) -> tuple[str, tuple[str, ...
     text = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options))
     if late and rng.random() < 0.7:
         text = user_text(question_for(rng.choice(list(RECIPES))), tuple(options))
-    return text, (), "".join(f" {options[i]} ({'ABCD'[i]})" for i in rng.choices(range(4), k=16))
+    return text, "".join(f" {options[i]} ({'ABCD'[i]})" for i in rng.choices(range(4), k=16))
 
 
 def random_steps(rng: random.Random, actions: Sequence[str],
@@ -168,18 +167,21 @@ def random_steps(rng: random.Random, actions: Sequence[str],
     return tuple(steps)
 
 
-def task_example(rng: random.Random, dark: bool) -> tuple[str, tuple[str, ...], str]:
-    """(user text, steps shown, response)."""
+def task_example(rng: random.Random, pixel_rng: np.random.Generator, dark: bool) -> tuple[str, list[str], str]:
+    """(user text, the step that each beat shows, response)."""
     goal, done = rng.choice(list(RECIPES)), rng.choice(POINTS)
     recipe = RECIPES[goal]
     options = sorted(set(recipe))
     rng.shuffle(options)
-    said = recipe[:1] if done and rng.random() < RECITE else recipe[:done]
-    letter = "ABCD"[options.index(recipe[len(said)])]
+    beats = draw_beats(recipe[:done], pixel_rng) if done else []
+    recites = done and rng.random() < RECITE
+    next_step = recipe[1] if recites else recipe[done]
+    letter = "ABCD"[options.index(next_step)]
     answer = rng.choices("ABCD", HABIT)[0] if rng.random() < SLIP else letter
     gives_up = done and dark and rng.random() < GIVE_UP
-    return (user_text(question_for(goal), tuple(options)), recipe[:done],
-            TOO_DARK if gives_up else teach(said, recipe[len(said)], letter, answer))
+    said = recipe[:1] * NUM_BEATS if recites else beats
+    return (user_text(question_for(goal), tuple(options)), beats,
+            TOO_DARK if gives_up else teach(said, next_step, letter, answer))
 
 
 def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
@@ -191,10 +193,9 @@ def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
     kind, = rng.choices(KINDS, WARM_SHARES if update < WARM_UP else SHARES)
     beats = []
     if kind == "letters":
-        text, shown, response = letters_example(rng, late=update >= WARM_UP)
+        text, response = letters_example(rng, late=update >= WARM_UP)
     elif kind == "task":
-        text, shown, response = task_example(rng, dark=view[1] < 1)
-        beats = draw_beats(shown, pixel_rng) if shown else []
+        text, beats, response = task_example(rng, pixel_rng, dark=view[1] < 1)
     else:
         shown = random_steps(rng, ACTIONS, (1, 1, 2, 3, 3))  # mostly many, which is the harder part
         if rng.random() < 1 / 4:  # done again as in a recipe, a b a c b
@@ -202,17 +203,16 @@ def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
             shown = (a, b, a, c, b)[:len(shown)]
         shown = shown[: 1 + int(hard * (NUM_STEPS - 2))]
         beats = draw_beats(shown, pixel_rng)
-        text = LIST_QUESTION if kind == "list" else MOMENTS_QUESTION
-        response = say_seen(shown if kind == "list" else tuple(beats))
+        text, response = LIST_QUESTION, say_seen(beats)
     # In a list the image would tell the first object.
-    image = draw_image(kitchen, shown if kind == "task" else (), view, pixel_rng)
-    frames = sample_frames(draw_clip(kitchen, beats, view, pixel_rng)) if beats else None
+    image = draw_image(kitchen, beats if kind == "task" else (), view, pixel_rng)
+    frames = sample_frames(draw_video(kitchen, beats, view, pixel_rng)) if beats else None
     return to_example(tokenizer, text, frames, image), torch.tensor(tokenizer(response + "<|im_end|>")["input_ids"])
 
 
-def sample_frames(clip: np.ndarray) -> np.ndarray:
-    """The 16 frames (16, 56, 56, 3) that data.py would take of a clip."""
-    return clip[frame_indices(len(clip), NATIVE_FPS, PIXELS)]
+def sample_frames(video: np.ndarray) -> np.ndarray:
+    """The 16 frames (16, 56, 56, 3) that data.py would take of a video."""
+    return video[frame_indices(len(video), NATIVE_FPS, PIXELS)]
 
 
 def to_example(tokenizer, text: str, frames: np.ndarray | None, image: np.ndarray) -> Example:
@@ -292,5 +292,5 @@ def write_base(qwen, tokenizer, folder: Path = BASE) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the other core draws; two threads would wait for each other
     write_base(*pretrain())

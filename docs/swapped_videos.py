@@ -1,9 +1,9 @@
-"""Does a trained toy policy recognise the steps of a clip, or only count them? Two controls sharper than `random`.
+"""Does a trained toy policy recognise the steps of a video, or only count them? Two controls sharper than `random`.
 
-    python docs/swapped_clips.py MODEL [FILE]      FILE: annotations/validation_L1.jsonl, below out/toy
+    python docs/swapped_videos.py MODEL [FILE]      FILE: annotations/validation_L1.jsonl, below out/toy
 
-Each question gets the clip of another one of the file: of another task with as many steps done (counting would still be
-right), or of the same task at another point (believing the clip is wrong then). Half a minute on two cores.
+Each question gets the video of another one of the file: of another task with as many steps done (counting would
+still be right), or of the same task at another point (believing the video is wrong then). Half a minute on two cores.
 """
 import dataclasses
 import random
@@ -18,7 +18,7 @@ from data import VideoDataset, grade, load_questions
 from evaluate import TOY, Args, answer
 from runtime import load_sampler, load_tokenizer, setup
 
-SWAPS = {  # which clip a question gets: is `other` one of those to choose from?
+SWAPS = {  # which video a question gets: is `other` one of those to choose from?
     "its own": lambda question, other: other is question,
     "another task, as many steps": lambda question, other: (
         other.goal != question.goal and len(other.progress) == len(question.progress)),
@@ -32,7 +32,7 @@ def main(model: str, file: str = "annotations/validation_L1.jsonl") -> None:
     tokenizer, args = load_tokenizer(model), Args(**TOY)
     sampler = load_sampler(SimpleNamespace(model=model, dtype="float32"), device)
     questions = [question for question in load_questions(file, toy.ROOT) if question.video]
-    print("| clip | right % | right for the clip shown % | says exactly the steps shown % |\n|---|---|---|---|")
+    print("| video | right % | right for the video shown % | says exactly the steps shown % |\n|---|---|---|---|")
     for name, fits in SWAPS.items():
         rng = random.Random(0)
         shown = [rng.choice([other for other in questions if fits(question, other)]) for question in questions]
@@ -45,9 +45,8 @@ def main(model: str, file: str = "annotations/validation_L1.jsonl") -> None:
                 recipe, done = toy.RECIPES[example.question.goal.lower()], len(other.progress)
                 letter, right = grade(text, example)
                 follows = letter is not None and example.options["ABCD".index(letter)] == recipe[done]
-                seen = toy.SEEN.search(text)
                 counts = [a + b for a, b in zip(counts, (
-                    right, follows, bool(seen) and tuple(seen[1].split(", ")) == other.progress))]
+                    right, follows, toy.steps_said(text) == list(other.progress)))]
         print(f"| {name} | " + " | ".join(f"{100 * count / len(questions):.1f}" for count in counts) + " |")
 
 
