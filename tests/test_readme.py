@@ -11,7 +11,8 @@ from conftest import ROOT
 from data import load_questions
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / page for page in ("README.md", "docs/variants.md", "docs/performance.md", "assets/toy_base/README.md")]
+PAGES = [ROOT / page for page in ("README.md", "docs/variants.md", "docs/performance.md", "docs/scaling.md",
+                                  "assets/toy_base/README.md")]
 
 
 def test_the_lines_to_read_in_ten_minutes_are_the_maths_and_the_loop():
