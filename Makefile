@@ -2,6 +2,8 @@
 # make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
+# make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
+#                a Python that has torch for the GPU and the other packages of requirements.txt: nothing is installed
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ SEEDS = 0 1 2
 LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
-.PHONY: test lint demo results clean
+.PHONY: test lint demo results gpu clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +48,9 @@ results: .venv/installed
 	$(evaluate) out/results/$$run/$$video --model out/results/$$run/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done
 	$(evaluate) out/results/grpo_blank_seed0/blank --model out/results/grpo_blank_seed0/final --video blank --eval_files $(LEVELS) $(FRESH)
 	$(BIN)/python docs/results.py out/results docs/results.png | tee docs/results.md
+
+gpu:
+	$(PYTHON) tests/gpu.py
 
 clean:
 	rm -rf out/toy out/toy_* out/demo* out/results* .pytest_cache __pycache__ tests/__pycache__
