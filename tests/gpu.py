@@ -3,12 +3,14 @@
     python3 tests/gpu.py                 # all parts, the most telling first; their rows go into docs/gpu.json at once
     python3 tests/gpu.py --only a b      # these parts
     python3 tests/gpu.py --again         # also parts that are done for this GPU, driver, versions and commit
-    python3 tests/gpu.py --dry-run       # the same code with tiny shapes on a CPU, two minutes, into a temporary file
+    python3 tests/gpu.py --dry-run       # the same code with tiny shapes on a CPU, 90 seconds, into a temporary file
 
-It needs torch built for the GPU and the other wheels of requirements.txt (`pip install -r requirements.txt` into any
-Python that has none of them), no network and no weights: models have random weights in the shapes of Qwen2-VL-2B and
--7B, or are the toy world's base. With torch, transformers, numpy, tqdm and pillow alone (torch 2.11 and transformers
-5.17 do) all parts run but e, which reads clips. f runs where trl, datasets and torchvision are installed.
+Install first: torch built for the GPU's driver and the other wheels of requirements.txt, no more; the README says how.
+No network and no weights are needed: models have random weights in the shapes of Qwen2-VL-2B and -7B, or are the toy
+world's base. With torch, transformers and pillow alone (2.11 and 5.17 do) all parts run but e, which reads clips, and
+f, which runs where trl, datasets and torchvision are installed as well.
+
+In a dry run no CUDA graph can be captured: its operators are run one by one, with the caches and the order of a replay.
 
 Each part is a process of its own, so that one that fails, runs out of memory or hangs costs the others nothing. It is
 FAILED, and the exit code 1, if it raises, takes more than 8 minutes, or if a number is not finite or beyond its limit.
@@ -16,6 +18,7 @@ Limits are never guesses about rounding: where two ways of computing the same th
 from a third, wider one by FACTOR times what Hugging Face's own forward pass in that dtype is off.
 """
 import argparse
+import functools
 import gc
 import hashlib
 import json
@@ -90,10 +93,12 @@ class Part:
         print(f"{self.letter}  {what}: " + ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
                                                      for name, x in more.items()), flush=True)
 
-    def attempt(self, what: str, run, *args) -> None:
-        """Calls run(self, *args): if it raises, the part fails, and goes on with what comes next."""
+    def attempt(self, what: str, run, *args) -> bool:
+        """Whether run(self, *args) has not raised; if it has, the part fails, and goes on with what comes next."""
+        worked = False
         try:
             run(self, *args)
+            worked = True
         except Skip:
             raise
         except Exception as error:
@@ -104,6 +109,7 @@ class Part:
         gc.collect()  # models are cycles; what they held goes back before the next one is loaded
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return worked
 
     def fits(self, what: str, need: float) -> bool:
         """Whether `need` bytes are there; if not, a row says so. A twentieth stays free: fragments, other processes."""
@@ -134,6 +140,7 @@ def store(args, change) -> dict:
     return run["parts"]
 
 
+@functools.cache
 def machine() -> dict:
     """What rows have to share to stand in one table. The commit is the last one that changed code."""
     def output(*command):
@@ -203,6 +210,8 @@ def supervise(letter: str, args) -> str:
     log = log if args.dry_run else ROOT / "out" / log.name
     log.parent.mkdir(parents=True, exist_ok=True)
     start, late = time.perf_counter(), False
+    # Before the child writes: one that dies at once must not be taken for the run before.
+    store(args, lambda parts: parts.update({letter: {"title": PARTS[letter][0], "status": "running", "rows": []}}))
     with open(log, "w") as stream:
         child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *flags], stdout=stream,
                                  stderr=subprocess.STDOUT, start_new_session=True)
@@ -214,8 +223,8 @@ def supervise(letter: str, args) -> str:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-    entry = store(args, lambda parts: None).get(letter, {"title": PARTS[letter][0], "rows": []})
-    if entry.get("status", "running") == "running":  # it has died without a word
+    entry = store(args, lambda parts: None)[letter]
+    if entry["status"] == "running":  # it has died without a word
         entry["failures"] = [f"took more than {LIMIT_S} s" if late else f"its process ended with {child.returncode}"]
         entry.update(status="FAILED", seconds=round(time.perf_counter() - start, 1))
         store(args, lambda parts: parts.update({letter: entry}))
@@ -242,7 +251,7 @@ def main() -> int:
         print("\nThis needs a GPU, and torch sees none here (nvidia-smi shows whether there is one, and the CUDA "
               "version that its driver supports). --dry-run runs the same code with tiny shapes on the CPU.")
         return 2
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     for letter in args.only:
         title = PARTS[letter][0]
         if store(args, lambda parts: None).get(letter, {}).get("status") == "ok" and not args.again:
@@ -260,6 +269,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for wish in (signal.SIGINT, signal.SIGTERM):  # both, so that whoever ends this ends the part as well
+        signal.signal(wish, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

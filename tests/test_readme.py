@@ -54,7 +54,7 @@ def test_flags_that_are_named_exist():
     scripts = grpo_video.Args, sft_video.Args, evaluate.Args
     known = {field.name for args in scripts for field in dataclasses.fields(args)}
     others = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "standalone", "fresh", "rounds", "trl", "ipc",
-              "only", "again", "dry"}
+              "only", "again", "dry", "index"}
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--(?:no_)?([a-z_]+)", page.read_text()):
             assert flag in known | others or flag.startswith("shm"), f"{page.name}: --{flag}"
