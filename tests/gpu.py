@@ -60,7 +60,7 @@ TINY = SimpleNamespace(
     oracle=dict(frames=4, length=60, image_size=56), oracle_C=12, oracle_G=4,
     prompt=dict(frames=4, length=60, image_size=56), decode_prompts=(1, 2), decode_tokens=4, learn_C=4,
     step=dict(prompts_per_step=2, group_size=4, max_completion_length=6), steps=2, most=16, traced_C=4,
-    demo=dict(max_steps=5, save_every=2), questions=16, least_gain=-0.25)
+    demo=dict(max_steps=7, save_every=4), questions=16, least_gain=-0.25)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def step_oracle(p, dtype: str) -> None:
         with torch.no_grad():
             truth = at(hf_logps(wide, examples[n // G], rollout.completion_ids[n, :length]),
                        rollout.completion_ids[n, :length]).to(old.dtype)
-        moves = torch.tensor([-0.5, -0.05, 0.05, 0.5], device=p.device)[(torch.arange(length) + n) % 4]
+        moves = torch.tensor([-0.4, -0.05, 0.05, 0.4], device=p.device)[(torch.arange(length) + n) % 4]
         old[n, :length], ref[n, :length] = truth + moves, truth - moves / 2
 
     rows = torch.arange(2 * G, device=p.device)
@@ -568,11 +568,12 @@ def demo(p) -> None:
     flags += ["--output_dir", str(run)]
     metrics = run / "metrics.jsonl"
 
-    # SIGKILL when a step behind the checkpoint has been logged: it will be run, and logged, once more.
+    # SIGKILL when two steps behind the checkpoint have been logged: they will be run, and logged, once more. The first
+    # shows the weights, the second the optimizer's moments.
     start = time.perf_counter()
     with open(p.folder / "killed.log", "w") as log:
         process = subprocess.Popen([sys.executable, "grpo_video.py", *flags], cwd=ROOT, stdout=log, stderr=log)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < every + 1):
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < every + 2):
             time.sleep(0.02)
         process.kill()
     if process.wait() != -signal.SIGKILL:

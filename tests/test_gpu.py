@@ -58,6 +58,8 @@ def test_every_part_writes_finite_rows(interrupted_and_resumed):
             assert all(math.isfinite(x) for x in numbers)
         assert any(len(row) > 3 for row in part["rows"]), f"{letter} has no numbers"
     assert sum("limit" in row for row in parts["a"]["rows"]) > 20
+    repeated, = (row for row in parts["e"]["rows"] if "repeated_steps" in row)
+    assert repeated["repeated_steps"] >= 2 and repeated["relative_difference"] == 0  # on a CPU, to the last bit
 
 
 def test_an_interrupted_run_goes_on(interrupted_and_resumed):
