@@ -1,4 +1,5 @@
 # make test      install into .venv and run the tests
+# make test-slow run the slow ones, two minutes more: the dry run of `make gpu`
 # make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
@@ -12,7 +13,7 @@ SEEDS = 0 1 2
 LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
-.PHONY: test lint demo results gpu clean
+.PHONY: test test-slow lint demo results gpu clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,7 +21,10 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 	touch $@
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow tests
 
 lint: .venv/installed
 	$(BIN)/pip install -q -r requirements-dev.txt

@@ -512,8 +512,7 @@ def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
         part.replace(cached)
     except OSError as error:
         part.unlink(missing_ok=True)
-        fix = "make room, or give another folder or none"
-        raise OSError(f"the frame cache {settings.cache} cannot be written: {error}; {fix}") from error
+        raise OSError(f"the frame cache {settings.cache} cannot be written: {error}; make room or unset it") from error
     return pixels
 
 

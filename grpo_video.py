@@ -121,9 +121,8 @@ def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_i
 
     end_ids, banned_ids (k,) int64; caches as in `generate`. What a question's group draws follows from seed, step, id.
     """
-    C = args.max_completion_length
+    C, dtype = args.max_completion_length, torch.promote_types(sampler.dtype, torch.float32)
     # An empty part comes first, for a rank none of whose videos can be read.
-    dtype = torch.promote_types(sampler.dtype, torch.float32)
     parts = [Completions(end_ids.new_zeros(0, C), end_ids.new_zeros(0), end_ids.new_zeros(0, dtype=torch.bool),
                          end_ids.new_zeros(0, C, dtype=dtype))]
     for i in range(0, len(examples), args.rollout_prompts):

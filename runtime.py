@@ -263,6 +263,7 @@ def shard(policy: Policy, device: torch.device) -> None:
     qwen, full = policy.qwen, policy.state_dict()
     master_dtype = next(policy.parameters()).dtype
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=master_dtype)
+    # ABLATE: replicas across nodes: (nodes, ranks per node), mesh_dim_names=("replicate", "shard"); docs/scaling.md.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in (qwen.model.visual, *qwen.model.language_model.layers):
         fully_shard(unit, mesh=mesh, mp_policy=mixed)
@@ -311,9 +312,7 @@ def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None)
     One all-gather for each unit of `shard`, as in a forward pass: 30 for 7B, not one for each of its 730 parameters.
     Collective. Writes in place: the sampler's addresses never move.
     """
-    for unit_name, unit in policy.named_modules():
-        if not isinstance(unit, FSDPModule):
-            continue
+    for unit_name, unit in [item for item in policy.named_modules() if isinstance(item[1], FSDPModule)]:
         unit.unshard()
         for name, weight in unit.named_parameters():
             if target is not None and not isinstance(weight, DTensor):  # those are of units inside this one

@@ -129,8 +129,7 @@ def main(args: Args) -> Path:
 
         # 7 update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)
-        metrics_file = output_dir / "metrics.jsonl"
-        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, metrics_file)
+        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, place=output_dir)
         times.append(runtime.clock())
 
         step_s = times[-1] - times[0]

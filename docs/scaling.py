@@ -36,7 +36,7 @@ USABLE = 0.9  # of a GPU's memory: the rest is CUDA's, NCCL's, and gaps in the a
 P, G, C, IMAGES, PATCHES, NODE = 900, 8, 256, 9, 18 * 18, 8
 # As in the README's letters; E is the width of the vision tower, whose MLPs and merger are 4 E wide.
 Shape = namedtuple("Shape", "D F H H_kv V tied layers depth E")
-SHAPES = {name: Shape(*shape.values(), layers=28, depth=32, E=1280) for name, shape in bench.SHAPES.items()}
+SHAPES = {name: Shape(*bench.SHAPES[name].values(), layers=28, depth=32, E=1280) for name in ("2B", "7B")}
 
 
 def matrices(s: Shape) -> tuple[int, int, int, int]:

@@ -7,8 +7,8 @@
 
 Install first: torch built for the GPU's driver and the other wheels of requirements.txt, no more; the README says how.
 No network and no weights are needed: models have random weights in the shapes of Qwen2-VL-2B and -7B, or are the toy
-world's base. With torch, transformers and pillow alone (2.11 and 5.17 do) all parts run but e, which reads clips, and
-f, which runs where trl, datasets and torchvision are installed as well.
+world's base. With torch, transformers and pillow alone (2.11 and 5.17 do) all parts run but e, which reads videos with
+decord and av, and f, which needs these, trl, datasets and torchvision.
 
 In a dry run no CUDA graph can be captured: its operators are run one by one, with the caches and the order of a replay.
 

@@ -27,7 +27,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 MISSING = [name for name in ("decord", "av") if not find_spec(name)]
-for name in MISSING:  # they read and write clips, which only part e does: data.py and toy.py import them all the same
+for name in MISSING:  # they read and write videos, which only part e does: data.py and toy.py import them all the same
     sys.modules[name] = types.ModuleType(name)
 
 import torch  # noqa: E402
@@ -83,7 +83,7 @@ def num_weights(shape: str) -> int:
 
 
 def ragged_examples(qwen, size: dict) -> list:
-    """Two questions of different lengths, with clips of different lengths."""
+    """Two questions of different lengths, with videos of different lengths."""
     short = {**size, "frames": size["frames"] // 2, "length": size["length"] - 7}
     examples = bench.make_prompts(qwen, 1, **size)[0] + bench.make_prompts(qwen, 1, **short)[0]
     return [dataclasses.replace(e, question=Question(f"q{i}", "", None, None)) for i, e in enumerate(examples)]
@@ -562,7 +562,7 @@ def demo(p) -> None:
     dist.all_reduce(y)
     p.row(f"{dist.get_backend()} with one rank: a sum over ranks is the number itself", 0.0, (x - y).abs().max())
     if MISSING:
-        raise Skip(f"the demo reads clips: {' and '.join(MISSING)} not installed")
+        raise Skip(f"the demo reads videos: {' and '.join(MISSING)} not installed")
     flags = [word for name, value in p.sizes.demo.items() for word in (f"--{name}", str(value))]
     run, every = p.folder / "run", p.sizes.demo["save_every"]
     flags += ["--output_dir", str(run)]

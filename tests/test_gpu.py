@@ -12,6 +12,7 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
