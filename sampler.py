@@ -81,9 +81,9 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
 def draw(probs: Tensor, u: Tensor, size: int = 128) -> Tensor:
     """One token of each row: probs (R, V), u (R,) float64 uniform in (0, 1] -> (R,) int64."""
     # The first token at which the cumulated probability reaches u: never one of probability 0, and without
-    # torch.multinomial's CPU-GPU sync. First the block of tokens (128 divides the vocabularies of 2B and 7B), then the
-    # token in it: so few numbers have to be float64, without which tokens below 1e-7 would be drawn too seldom.
-    padding = -probs.shape[1] % size  # padding by 0 would copy
+    # torch.multinomial's CPU-GPU sync. First the block of tokens, then the token in it: so few numbers have to be
+    # float64, without which tokens below 1e-7 would be drawn too seldom.
+    padding = -probs.shape[1] % size  # none for the vocabularies of 2B and 7B; padding by 0 would copy
     blocks = (F.pad(probs, (0, padding)) if padding else probs).unflatten(1, (-1, size))  # (R, V / size, size)
     block_ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (R, V / size)
     goal = u[:, None] * block_ends[:, -1:]
@@ -112,7 +112,8 @@ class GroupCache:
         d = config.hidden_size // config.num_attention_heads
         zeros = partial(torch.zeros, device=device)
         self.column = zeros(1, dtype=torch.int64)  # of a completion, where the next token goes
-        self.columns, self.width = torch.arange(C, device=device), 0  # of which the first `width` are read
+        self.columns = torch.arange(C, device=device)
+        self.width = 0  # how many columns are read: those in use, or in a graph, which has one shape, all
         self.first_position = zeros(B * G, dtype=torch.int64)
         self.prompt_mask = zeros(B, P, dtype=torch.bool)
         # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
@@ -140,8 +141,8 @@ class GroupCache:
 
     def feed(self, token: Tensor) -> Tensor:
         """Appends a token (R,) to each row; returns the states (R, D) that predict the next. Waits for no value."""
-        self.width += 1
-        own = (self.columns[:self.width] <= self.column).expand(self.B, -1)  # (B, W)
+        self.width = min(self.width + 1, len(self.columns))
+        own = (self.columns[:self.width] <= self.column).expand(self.B, -1)  # (B, W); False in a graph alone
         unseen = ~torch.cat([self.prompt_mask, own], dim=1)[:, None, None]  # (B, 1, 1, P + W) bool
         positions = (self.first_position + self.column).expand(3, -1)
         hidden = text_states(self.sampler, self.sampler.get_input_embeddings()(token), positions,
@@ -218,7 +219,7 @@ class CapturedCache(GroupCache):
 
     def prefill(self, prompts: Prompts) -> Tensor:
         hidden = super().prefill(prompts)
-        self.width = len(self.columns)  # a graph has one shape
+        self.width = len(self.columns)
         return hidden
 
     def drop(self, ended: Tensor) -> slice:

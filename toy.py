@@ -9,7 +9,7 @@ So one has to see what was done, in order, know the recipe, and find the option 
                share of them, cut at random among the times that it is done: neither the number of frames nor how many
                of them show an action tells how far the work is
     a kitchen  colours, tiles and light: 8 in training and L1, 4 new ones in L2, 4 more in L3
-    a visit    through a haze, from none to one that hides almost everything, stronger in the new kitchens; sometimes in
+    a visit    through a haze, from a thin one to one that hides almost all, stronger in the new kitchens; sometimes in
                the dark
     the image  the same kitchen, with the object that the work began with still on the counter; empty before the first
                step. Beyond whether the work has begun it tells nothing
@@ -212,8 +212,7 @@ def question_for(goal: str) -> str:
 def say_seen(beats: Sequence[str]) -> str:
     """The steps in order, with a "still" for each further beat of one: `I see take cup still, wash pot.`
 
-    Beat by beat, because a small model that lists steps alone has to find in one go where the next one begins: it was
-    right about a half of those that share a verb with the step before, and now is about nine in ten.
+    Beat by beat, because a small model that lists steps alone has to find in one go where the next one begins.
     """
     steps = [step + " still" * (len(list(run)) - 1) for step, run in itertools.groupby(beats)]
     return f"I see {', '.join(steps) or 'nothing'}."

@@ -119,7 +119,7 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
                                for lines in seeds])
         place = x + (i - len(bars) / 2 + 0.5) * width
         colour = COLOURS.get(run, f"C{i}")
-        label = LABELS.get(run, run) + (", other videos" if video == "random" else "")
+        label = LABELS.get(run, run) if video == "full" else "with other videos"  # below its own, in the same colour
         right.bar(place, accuracies.mean(0), width * 0.92, label=label, edgecolor=colour,
                   color=colour if video == "full" else "white", hatch=None if video == "full" else "////")
         for level, mean in enumerate(accuracies.mean(0)):
@@ -132,7 +132,7 @@ def draw(folder: Path, evaluations: dict, picture: Path) -> None:
     names = {"L1": "same kitchens, same tasks", "L2": "new kitchens, same tasks", "L3": "new kitchens, new tasks"}
     right.set_xticks(x, [f"{file.replace('_', ' ')}\n{names.get(file[-2:], '')}" for file in files], fontsize=8)
     right.set(ylabel="greedy accuracy, %", ylim=(0, 115), title="Held-out questions with a video")
-    right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7, columnspacing=1, handlelength=1.5)
+    right.legend(loc="upper center", ncols=4, frameon=False, fontsize=7, columnspacing=1.5, handlelength=1.5)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=160)

@@ -83,13 +83,13 @@ def our_step(examples, shape: str):
     with mock.patch.object(runtime, "load_qwen", lambda model, dtype: make_qwen(shape, dtype)):
         policy = load_policy(args, device)
     sampler = make_sampler(policy, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     banned, no_end = vision_token_ids(sampler, device), torch.tensor([], dtype=torch.int64, device=device)
     prompts = collate_prompts(examples, device)
 
     def step():
-        ids = generate(sampler, prompts, G, C, 1.0, list(range(B)), no_end, banned).ids
-        assert ids.shape == (B * G, C)
+        ids, lengths, *_ = generate(sampler, prompts, G, C, 1.0, list(range(B)), no_end, banned)
+        assert (lengths == C).all()
         mask = torch.ones_like(ids, dtype=torch.bool)
         advantages = group_advantages(REWARDS.float().view(B, G)).flatten().to(device)
         weights = token_weights(mask, "sequence_mean", B * G, B * G * C, C)

@@ -60,7 +60,7 @@ TINY = SimpleNamespace(
     oracle=dict(frames=4, length=60, image_size=56), oracle_C=12, oracle_G=4,
     prompt=dict(frames=4, length=60, image_size=56), decode_prompts=(1, 2), decode_tokens=4, learn_C=4,
     step=dict(prompts_per_step=2, group_size=4, max_completion_length=6), steps=2, most=16, traced_C=4,
-    demo=dict(max_steps=7, save_every=4), questions=16, least_gain=-0.25)
+    demo=dict(max_steps=10, save_every=4), questions=16, least_gain=-0.25)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,13 @@ def store(args, change) -> dict:
 
 @functools.cache
 def machine() -> dict:
-    """What rows have to share to stand in one table. The commit is the last one that changed code."""
+    """What rows have to share to stand in one table. The commit is the last one that changed code.
+
+    A part takes it from the command that started it: files may change while the others run.
+    """
+    if "GPU_MACHINE" in os.environ:
+        return json.loads(os.environ["GPU_MACHINE"])
+
     def output(*command):
         try:
             return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -151,7 +157,8 @@ def machine() -> dict:
 
     code = ("*.py", "assets")
     commit = output("git", "log", "-1", "--format=%h", "--", *code)
-    if changes := output("git", "diff", "HEAD", "--", *code):
+    changes = output("git", "diff", "HEAD", "--", *code)
+    if changes := changes + output("git", "ls-files", "--others", "--exclude-standard", "--", *code):
         commit += f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:8]}"
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
@@ -214,7 +221,8 @@ def supervise(letter: str, args) -> str:
     store(args, lambda parts: parts.update({letter: {"title": PARTS[letter][0], "status": "running", "rows": []}}))
     with open(log, "w") as stream:
         child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *flags], stdout=stream,
-                                 stderr=subprocess.STDOUT, start_new_session=True)
+                                 stderr=subprocess.STDOUT, start_new_session=True,
+                                 env={**os.environ, "GPU_MACHINE": json.dumps(machine())})
         try:
             child.wait(LIMIT_S)
         except subprocess.TimeoutExpired:

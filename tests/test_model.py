@@ -414,12 +414,15 @@ def test_each_step_and_each_sample_has_draws_of_its_own(qwen, tokenizer, ragged)
     assert first.lengths.max() <= args.max_completion_length
 
 
-def test_a_completion_has_at_most_as_many_tokens_as_allowed(qwen, tokenizer, ragged):
+def test_a_completion_has_at_most_as_many_tokens_as_allowed(qwen, tokenizer, ragged, monkeypatch):
     prompts, no_end = collate_prompts(ragged, qwen.device), torch.tensor([], dtype=torch.int64)
+    fed, feed = [], GroupCache.feed
+    monkeypatch.setattr(GroupCache, "feed", lambda self, token: fed.append(1) or feed(self, token))
     for C in (1, 2, 5):
-        ids, lengths, ended, logps = generate(qwen, prompts, 2, C, 1.0, list(range(4)), no_end,
-                                              vision_token_ids(qwen, qwen.device))
-        assert ids.shape == logps.shape == (8, C) and lengths.tolist() == [C] * 8 and not ended.any()
+        _, lengths, ended, _ = generate(qwen, prompts, 2, C, 1.0, list(range(4)), no_end,
+                                        vision_token_ids(qwen, qwen.device))
+        assert len(fed) == C - 1 and lengths.tolist() == [C] * 8 and not ended.any()
+        fed.clear()
 
 
 def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ragged, monkeypatch):

@@ -3,6 +3,7 @@ teacher tells the truth, and its base model is an ordinary folder."""
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections import Counter, defaultdict
 
@@ -451,6 +452,13 @@ def test_the_base_sees_and_is_blind_without_its_video(tokenizer):
         examples = check.list_examples(tokenizer, 96, video, (0.0, pretrain.PRETRAINING_HAZE), seed=11)
         right[video] = check.share_right(sample, examples)
     assert right["full"] > LEAST_LISTED and right["blank"] < 0.06, right  # one action in 72 is right by chance
+
+
+def test_the_bases_readme_has_the_figures_that_the_check_prints():
+    sample = check.Sampler(toy.BASE)
+    table = re.findall(r"^\| (.+) \| [\d.]+% \|$", (toy.BASE / "README.md").read_text(), re.MULTILINE)
+    assert table == [name for part in (check.check_seeing, check.check_knowing, check.check_sampling)
+                     for name in part(sample, 4)]
 
 
 def test_steps_are_counted_right_in_their_place_only():

@@ -207,8 +207,8 @@ def test_gdpo_normalises_each_reward_in_its_group_and_then_adds():
     # In the second group only a reward of weight 0 differs, in the third both rewards do but not their sum, in the last
     # one of the two does.
     terms = {"accuracy": torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 0], dtype=torch.float64),
-              "format": torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1, 2, 0, 2, 0, 1, 1, 1, 1], dtype=torch.float64),
-              "unused": draw(5, 16)}
+             "format": torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1, 2, 0, 2, 0, 1, 1, 1, 1], dtype=torch.float64),
+             "unused": draw(5, 16)}
     table = {"accuracy": (1.0, None), "format": (0.5, None), "unused": (0.0, None)}
     advantages, flat = run("gdpo", terms=terms, table=table, args=SimpleNamespace(group_size=4))
     for n in range(16):
