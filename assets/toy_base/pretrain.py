@@ -292,5 +292,5 @@ def write_base(qwen, tokenizer, folder: Path = BASE) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the other core draws; two threads would wait for each other
+    torch.set_num_threads(2)
     write_base(*pretrain())
