@@ -216,7 +216,8 @@ def test_training_blind_is_training_on_grey_files(tmp_path, world):
 def test_two_ranks_without_any_pixels_make_the_update_of_one(tmp_path, world):
     # The base has never met a prompt without an image and answers none; a little SFT on such prompts teaches it to.
     model = sft_video.main(sft_args(tmp_path / "sft", video="text_only", max_steps=8, learning_rate=1e-3))
-    flags = dict(model=str(model), dtype="float64", prompts_per_step=8, learning_rate=1e-4, video="text_only", micro_batch_size=20)
+    flags = dict(model=str(model), dtype="float64", prompts_per_step=8, learning_rate=1e-4, video="text_only",
+                 micro_batch_size=20)
     words = [w for k, v in {**flags, "max_steps": 1, "max_completion_length": 40}.items() for w in (f"--{k}", str(v))]
     torchrun("grpo_video.py", 2, *words, "--output_dir", str(tmp_path / "two"))
     grpo_video.main(grpo_args(tmp_path / "one", **flags))
