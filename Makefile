@@ -1,5 +1,5 @@
 # make test      install into .venv and run the tests
-# make test-slow run the slow ones, two minutes more: the dry run of `make gpu`
+# make test-slow run the slow ones, three minutes more: the dry run of `make gpu`, the bench, the page of scaling
 # make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls

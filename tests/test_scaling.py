@@ -25,6 +25,7 @@ def run(*command: str) -> str:
     return subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_page_are_what_the_script_prints():
     printed = scaling.tables()
     for name, lines in printed.items():

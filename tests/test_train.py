@@ -265,6 +265,7 @@ def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whateve
     assert counts["in a rollout of 32 tokens"] == counts["in a rollout of 64 tokens"] == 7
 
 
+@pytest.mark.slow
 def test_the_bench_runs(tmp_path):
     output = tmp_path / "bench.json"
     command = [sys.executable, "tests/bench.py", "--only", "B3", "--rounds", "1", "--output", str(output)]
