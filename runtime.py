@@ -315,7 +315,7 @@ def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None)
     for unit_name, unit in [item for item in policy.named_modules() if isinstance(item[1], FSDPModule)]:
         unit.unshard()
         for name, weight in unit.named_parameters():
-            if target is not None and not isinstance(weight, DTensor):  # those are of units inside this one
+            if target is not None and not isinstance(weight, DTensor):  # a shard is of a unit inside
                 target.get_parameter(f"{unit_name}.{name}".removeprefix(".").removeprefix("qwen.")).copy_(weight)
         unit.reshard()
 
