@@ -1,6 +1,6 @@
 """How the toy world's base model was made: a tokenizer of words, a tiny Qwen2-VL, and its pre-training.
 
-    python assets/toy_base/pretrain.py           writes this folder again; about half an hour on two cores
+    python assets/toy_base/pretrain.py           writes this folder again; 25 minutes on two cores
 
 Nothing imports this file. The base stands for a large video model: it sees, it knows many tasks, and it has the flaws
 that such models are known for. Its README says what it can do and what it cannot.
