@@ -33,7 +33,21 @@ from tqdm import tqdm
 
 from data import Example, VideoDataset, file_names, first_letter, grade, load_questions, make_loader, parse_answer
 from model import collate_prompts, end_token_ids, vision_token_ids
-from runtime import RunArgs, arg, check_for_sft, load_sampler, load_tokenizer, open_run, parse_args, resolve_toy, setup
+from runtime import (
+    HERE,
+    RunArgs,
+    arg,
+    check_for_sft,
+    launch,
+    load_sampler,
+    load_tokenizer,
+    on_rank_0,
+    open_folder,
+    require_finite,
+    resolve,
+    setup,
+    write_whole,
+)
 from sampler import completion_text, generate
 
 PARSERS = {"strict": parse_answer, "first_letter": first_letter}
@@ -78,9 +92,13 @@ PUBLISHED = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers of this rank's share of a file.
 
-def answer_file(file: str, dataset: VideoDataset, sampler, args: Args, rank: int, world_size: int) -> list[dict]:
-    """One record per question that this rank answers: every world_size-th of the file, in its order."""
-    share = [(0, i) for i in range(rank, len(dataset), world_size)]
+def answer_file(file: str, dataset: VideoDataset, sampler, args: Args, rank: int, world_size: int, before: list[dict],
+                output: Path) -> list[dict]:
+    """One record per question that this rank answers: every world_size-th of those that are not among the records
+    `before`. A line is added to `output` as soon as it is there, for --resume."""
+    answered = {r["sample_id"] for r in before if r["file"] == file}
+    left = [(0, i) for i, question in enumerate(dataset.questions) if question.id not in answered]
+    share = left[rank::world_size]
     batches = [share[i:i + args.batch_size] for i in range(0, len(share), args.batch_size)]
     progress = tqdm(total=len(share), desc=Path(file).stem, disable=rank != 0, dynamic_ncols=True)
     records = []
@@ -90,10 +108,23 @@ def answer_file(file: str, dataset: VideoDataset, sampler, args: Args, rank: int
         for example in examples:
             response, length, truncated = ("", 0, False) if example.error else next(answered)
             records.append({"file": file, **make_record(example, response, length, truncated, args)})
+        with open(output, "a") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in records[-len(examples):])
         progress.update(len(examples))
         progress.set_postfix_str(f"accuracy {sum(r['correct'] for r in records) / len(records):.3f}")
     progress.close()
     return records
+
+
+def answered_before(output_dir: Path) -> list[dict]:
+    """The records that a run to be resumed has left, in one file from now on."""
+    files = [path for path in (output_dir / "samples.jsonl", *output_dir.glob("samples_rank*.jsonl")) if path.exists()]
+    lines = [line for path in files for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    write_whole(output_dir / "samples_rank0.jsonl", "".join(lines))  # without a last line that a kill has torn
+    for path in files:
+        if path.name != "samples_rank0.jsonl":
+            path.unlink()
+    return [json.loads(line) for line in lines]
 
 
 def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tuple[str, int, bool]]:
@@ -103,6 +134,7 @@ def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tupl
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, sampler.device), vision_token_ids(sampler, sampler.device)
     completions = generate(sampler, collate_prompts(examples, sampler.device), 1, args.max_completion_length,
                            temperature=0.0, seeds=None, end_ids=end_ids, banned_ids=banned_ids)
+    require_finite("log-probs", completions.logps, examples)
     return [(completion_text(tokenizer, ids, length, ended), length, not ended)
             for ids, length, ended in zip(completions.ids, completions.lengths.tolist(), completions.ended.tolist())]
 
@@ -231,7 +263,7 @@ def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[di
 def main(args: Args) -> list[dict]:
     """Evaluates and returns the table (on rank 0; elsewhere an empty list)."""
     rank, world_size, device = setup()
-    args = resolve_toy(args)
+    args = resolve(args, device)
     # First, because a typo should not cost an evaluation.
     other, other_settings = read_evaluation(args) if args.compare else ([], {})
     tokenizer = load_tokenizer(args.model)
@@ -245,18 +277,22 @@ def main(args: Args) -> list[dict]:
             print(f"{file}: {dataset.describe_prompt()}")
 
     sampler = load_sampler(args, device)  # a copy on every rank: no process waits for another while it decodes
-    output_dir = open_run(args)
-    records = [record for file, dataset in datasets.items()
-               for record in answer_file(file, dataset, sampler, args, rank, world_size)]
+    output_dir, HERE.phase = open_folder(args), "answering"
+    before = [on_rank_0(answered_before, output_dir)]
+    dist.broadcast_object_list(before)
+    records = [record for file, dataset in datasets.items() for record in answer_file(
+        file, dataset, sampler, args, rank, world_size, before[0], output_dir / f"samples_rank{rank}.jsonl")]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
     if rank != 0:
         return []
     order = {file: i for i, file in enumerate(args.eval_files)}
-    records = [record for share in gathered for record in share]
+    records = [record for share in (*before, *gathered) for record in share]
     records.sort(key=lambda r: (order[r["file"]], r["sample_id"]))
     # Before anything can go wrong with the numbers.
-    (output_dir / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_whole(output_dir / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for path in output_dir.glob("samples_rank*.jsonl"):
+        path.unlink()
 
     table = summarise(records, args.video)
     compared = {}
@@ -274,6 +310,11 @@ def main(args: Args) -> list[dict]:
     print_table(table)
     if compared:
         print_comparison(**compared)
+    if bad := [record for record in records if record["error"]]:
+        message = f"{len(bad)} of {len(records)} questions could not be read and count as wrong; {bad[0]['error']}"
+        if len(bad) == len(records):
+            raise ValueError(message)
+        print(f"\n!!! {message} !!!")
     return table
 
 
@@ -329,5 +370,4 @@ def print_comparison(a: dict, b: dict, table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, TOY))
-    dist.destroy_process_group()
+    launch(main, Args, TOY)

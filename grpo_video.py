@@ -114,6 +114,9 @@ class Rollout:
     ended: Tensor  # (N,) bool; False: cut off at max_completion_length
     sampler_logps: Tensor  # (N, C), at least float32: the sampler's own, for the metric sampler_gap alone
 
+    def examples_of(self, rows: Tensor) -> list[Example]:
+        return [self.examples[b] for b in (rows // self.group_size).tolist()]
+
 
 def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_ids: Tensor, banned_ids: Tensor,
                   caches: dict | None = None) -> Rollout:
@@ -131,6 +134,8 @@ def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_i
         seeds = [random.Random(f"{args.seed}/{step}/{example.question.id}").getrandbits(63) for example in chunk]
         parts.append(generate(sampler, collate_prompts(chunk, sampler.device), args.group_size, C, args.temperature,
                               seeds, end_ids, banned_ids, caches))
+        of_rows = [example for example in chunk for _ in range(args.group_size)]
+        runtime.require_finite("the sampler's log-probs", parts[-1].logps, of_rows)
     ids, lengths, ended, logps = (torch.cat(part) for part in zip(*parts))
     return Rollout(examples, args.group_size, args.temperature, banned_ids, ids, mask_from_lengths(lengths, C), lengths,
                    ended, logps)
@@ -191,8 +196,10 @@ def completion_logps(model, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Ten
     # The prompts that these rows continue, each once.
     prompts, row_prompt = (rows // rollout.group_size).unique(return_inverse=True)
     batch = collate_prompts([rollout.examples[b] for b in prompts.tolist()], rows.device)
-    return model(batch, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows], rollout.temperature,
-                 rollout.banned_ids)
+    logps, entropy = model(batch, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows],
+                           rollout.temperature, rollout.banned_ids)
+    runtime.require_finite("log-probs", logps, rollout.examples_of(rows))
+    return logps, entropy
 
 
 @torch.no_grad()
@@ -260,7 +267,7 @@ def token_weights(mask: Tensor, loss_agg: str, num_completions: float, num_token
 def main(args: Args) -> Path:
     """Trains and returns the folder of the exported model. ValueError for flags and files that will not do."""
     rank, world_size, device = runtime.setup()
-    args = runtime.resolve_toy(args)
+    args = runtime.resolve(args, device)
     if args.cuda_graph and device.type != "cuda":
         raise ValueError("--cuda_graph needs a GPU, and there is none here; leave it out")
     tokenizer = runtime.load_tokenizer(args.model)
@@ -269,26 +276,22 @@ def main(args: Args) -> Path:
     reference = runtime.load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    output_dir = runtime.open_run(args, args.resume)
-    first_step = runtime.load_checkpoint(output_dir, policy, optimizer) if args.resume else 0
+    run = runtime.Run(args, policy, optimizer, num_steps, device)
     sampler = runtime.make_sampler(policy, device)
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, device), vision_token_ids(sampler, device)
     caches = {} if args.cuda_graph else None
-    table, shown = reward_table(args), output_dir / "completions.txt"
+    table = reward_table(args)
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
-                                   for step in range(first_step, num_steps)], args.num_workers)
-    log = runtime.open_log(args, output_dir, first_step, num_steps)
+                                   for step in range(run.first_step, num_steps)], args.num_workers)
 
-    start = runtime.clock()
-    for step, examples in enumerate(loader, first_step):
-        times = [start, runtime.clock()]  # at the ends of the phases: data, rollout, score, update
-
+    for step, examples in run.steps(loader):
         # 1 sample
-        readable = runtime.keep_readable(examples, step)
+        run.phase("rollout")
+        readable = run.keep_readable(examples)
         rollout = sample_groups(sampler, readable, step, args, end_ids, banned_ids, caches)
-        times.append(runtime.clock())
 
         # 2 reward
+        run.phase("score")
         rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
         answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
         terms = {name: torch.tensor([reward(*answer) for answer in answers], device=device)  # (N,) each
@@ -302,16 +305,15 @@ def main(args: Args) -> Path:
         flat = (rewards == rewards[:, :1]).all(dim=1)  # (B,) bool
         learned = (~flat | args.learn_flat_groups).repeat_interleave(args.group_size)  # (N,) bool
         if rank == 0 and answers and step % args.print_every == 0:
-            print_completion(answers, rewards.flatten(), advantages, step, args, shown)
+            print_completion(answers, rewards.flatten(), advantages, step, args, run.output_dir / "completions.txt")
 
         # Sums of the whole step, over all ranks; the denominators of the loss are among them.
-        totals = runtime.sum_over_ranks({
+        totals = run.sum({
             "prompts": len(readable), "completions": len(answers), "tokens": rollout.lengths.sum(),
-            "learned_tokens": rollout.lengths[learned].sum(), "unreadable": len(examples) - len(readable),
-            "flat_groups": flat.sum(), **rollout_sums(rollout, answers, rewards, terms)}, device)
+            "learned_tokens": rollout.lengths[learned].sum(), "flat_groups": flat.sum(),
+            **rollout_sums(rollout, answers, rewards, terms)})
         if totals["prompts"] == 0:
-            raise ValueError(f"step {step}: no question could be read, check --data_root {args.data_root}; "
-                             f"{examples[0].error}")
+            continue  # nothing could be read on any rank
         token_weight = token_weights(rollout.completion_mask, args.loss_agg, totals["completions"], totals["tokens"],
                                      args.max_completion_length)
 
@@ -321,9 +323,9 @@ def main(args: Args) -> Path:
         batches = runtime.micro_batches(learned.nonzero()[:, 0], args.micro_batch_size)
         ref_logps = logps_without_grad(reference, rollout, batches) if reference is not None else None
         old_logps = logps_without_grad(policy, rollout, batches) if args.num_updates > 1 else None
-        times.append(runtime.clock())
 
-        sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "sampler_gap"), 0.0)
+        run.phase("update")
+        sums = dict.fromkeys(("loss", "kl", "kl_squares", "entropy", "clipped", "sampler_gap"), 0.0)
         for update in range(args.num_updates):
             for rows in batches:
                 logps, entropy = completion_logps(policy, rollout, rows)
@@ -332,31 +334,25 @@ def main(args: Args) -> Path:
                 # 5 objective, 6 KL
                 token_loss, kl, clipped = grpo_token_loss(logps, old, ref, advantages[rows], args.clip_low,
                                                           args.clip_high, args.kl_coef)
+                runtime.require_finite("loss", token_loss, rollout.examples_of(rows))
                 loss = (token_loss * token_weight[rows]).sum()
                 # FSDP averages gradients over ranks; token weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()
                 mask = rollout.completion_mask[rows]
                 sums["loss"] += loss.detach()
-                for name, value in (("kl", kl), ("entropy", entropy), ("clipped", clipped)):
+                for name, value in dict(kl=kl, kl_squares=kl**2, entropy=entropy, clipped=clipped).items():
                     sums[name] += value[mask].sum()
                 if update == 0:  # later the two differ because the policy has moved
                     sums["sampler_gap"] += (logps.detach() - rollout.sampler_logps[rows])[mask].abs().sum()
             # 7 update: clip the gradient, AdamW, clear the gradient
             # ABLATE: schedule. Linear to 0, as published. For a warm-up, lr *= min(1, (step + 1) / warmup_steps).
             lr = args.learning_rate * (1 - (step * args.num_updates + update) / (num_steps * args.num_updates))
-            grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, shown)
+            grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm)
         runtime.copy_weights(policy, sampler)
-        times.append(runtime.clock())
+        metrics = step_metrics(totals, run.sum(sums), terms, grad_norm, lr, args)
+        run.log(metrics, totals["tokens"], *progress_line(metrics))
 
-        metrics = step_metrics(step, totals, runtime.sum_over_ranks(sums, device), terms, grad_norm, lr, times, args)
-        log(metrics, health_line(metrics))
-        if args.save_every and (step + 1) % args.save_every == 0:
-            runtime.save_checkpoint(output_dir, step + 1, policy, optimizer)
-        start = runtime.clock()
-
-    runtime.report(output_dir, first_step)
-    runtime.export(policy, tokenizer, args.model, output_dir / "final")
-    return output_dir / "final"
+    return run.finish(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,46 +377,41 @@ def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: 
             **{f"reward {name}": term.sum() for name, term in terms.items()}}
 
 
-def step_metrics(step: int, totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float,
-                 times: list[float], args: Args) -> dict:
-    """A line of metrics.jsonl; the README says what each key means.
+def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float, args: Args) -> dict:
+    """What metrics.jsonl says of the algorithm; the README says what each key means.
 
     Args: totals and sums, over all ranks, of the rollout and of the update; rewards, their names; grad_norm before
-        clipping; times, seconds on this rank at the start and after data, rollout, score (steps 2 to 4) and update.
+        clipping.
     """
-    completions, groups, step_s = totals["completions"], totals["prompts"], times[-1] - times[0]
+    completions, groups = totals["completions"], totals["prompts"]
     metrics = {
-        "step": step, "reward": totals["reward"] / completions, "group_std": totals["group_std"] / groups,
+        "reward": totals["reward"] / completions, "group_std": totals["group_std"] / groups,
         **{name: totals[f"reward {name}"] / completions for name in rewards},
         "parse_rate": totals["parsed"] / completions, "flat_group_frac": totals["flat_groups"] / groups,
         "completion_length": totals["tokens"] / completions, "truncated_frac": totals["truncated"] / completions,
-        "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr,
-        "unreadable": int(totals["unreadable"]),
-        "tokens_per_s": totals["tokens"] / step_s, "step_s": step_s,
-        "data_s": times[1] - times[0], "rollout_s": times[2] - times[1], "score_s": times[3] - times[2],
-        "update_s": times[4] - times[3]}
+        "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr}
     if totals["learned_tokens"]:  # means over the tokens that were learned: those of flat groups are not in them
         token_updates = totals["learned_tokens"] * args.num_updates
         metrics |= {"entropy": sums["entropy"] / token_updates, "clip_frac": sums["clipped"] / token_updates,
                     "sampler_gap": sums["sampler_gap"] / totals["learned_tokens"]}
         if args.kl_coef > 0:
             metrics["kl"] = sums["kl"] / token_updates
+            metrics["kl_peak"] = sums["kl_squares"] ** 0.5 / max(sums["kl"], 1e-12)  # 1: all of it is one token's
     return metrics
 
 
-def health_line(m: dict) -> str:
-    """The progress line; at its end, in a phrase, the first thing that looks wrong, or "ok"."""
+def progress_line(m: dict) -> tuple[str, dict[str, bool]]:
+    """(the numbers to watch, signs of trouble: phrase -> whether it holds), for `health` in runtime.py."""
     # Thresholds are rules of thumb from GRPO runs, not from the paper.
     signs = {"most answers do not parse": m["parse_rate"] < 0.5,
              "completions do not end": m["truncated_frac"] > 0.2,
              "little signal: groups all right or all wrong": m["flat_group_frac"] > 0.8,
              "entropy collapsed": m.get("entropy", 1) < 0.01,
-             "sampler and learner disagree": m.get("sampler_gap", 0) > 0.1}
-    verdict = next((phrase for phrase, holds in signs.items() if holds), "ok")
+             "sampler and learner disagree": m.get("sampler_gap", 0) > 0.1,
+             "the KL is that of one token": m.get("kl", 0) > 0.01 and m["kl_peak"] > 0.7}
     return (f"reward {m['reward']:.2f}+-{m['group_std']:.2f} acc {m.get('accuracy', 0):.2f} "
-            f"parse {m['parse_rate']:.2f} len {m['completion_length']:.0f} | {verdict}")
+            f"parse {m['parse_rate']:.2f} len {m['completion_length']:.0f}"), signs
 
 
 if __name__ == "__main__":
-    main(runtime.parse_args(Args, TOY))
-    torch.distributed.destroy_process_group()
+    runtime.launch(main, Args, TOY)

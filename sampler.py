@@ -87,11 +87,12 @@ def draw(probs: Tensor, u: Tensor, size: int = 128) -> Tensor:
     blocks = (F.pad(probs, (0, padding)) if padding else probs).unflatten(1, (-1, size))  # (R, V / size, size)
     block_ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (R, V / size)
     goal = u[:, None] * block_ends[:, -1:]
-    block = torch.searchsorted(block_ends, goal)  # (R, 1)
+    block = torch.searchsorted(block_ends, goal).clamp_(max=blocks.shape[1] - 1)  # (R, 1); NaN is above all of them
     start, end = (ends.gather(1, block) for ends in (F.pad(block_ends, (1, 0)), block_ends))
     token_ends = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].cumsum(-1, dtype=torch.float64)
     share = (goal - start) / (end - start)  # of the block's probability: in (0, 1]
-    return (block * size + torch.searchsorted(token_ends, share * token_ends[:, -1:]))[:, 0]
+    token = torch.searchsorted(token_ends, share * token_ends[:, -1:]).clamp_(max=size - 1)
+    return (block * size + token)[:, 0].clamp_(max=probs.shape[1] - 1)
 
 
 def completion_text(tokenizer, ids: Tensor, length: int, ended: bool) -> str:

@@ -86,32 +86,26 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float
 def main(args: Args) -> Path:
     """Trains and returns the folder of the exported model."""
     rank, world_size, device = runtime.setup()
-    args = runtime.resolve_toy(args)
+    args = runtime.resolve(args, device)
     tokenizer = runtime.load_tokenizer(args.model)
     dataset, num_steps = runtime.load_training_set(args, tokenizer, for_sft=True)
     policy = runtime.load_policy(args, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    output_dir = runtime.open_run(args, args.resume)
-    first_step = runtime.load_checkpoint(output_dir, policy, optimizer) if args.resume else 0
+    run = runtime.Run(args, policy, optimizer, num_steps, device)
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
-                                   for step in range(first_step, num_steps)], args.num_workers)
-    log = runtime.open_log(args, output_dir, first_step, num_steps)
+                                   for step in range(run.first_step, num_steps)], args.num_workers)
 
-    start = runtime.clock()
-    for step, examples in enumerate(loader, first_step):
-        times = [start, runtime.clock()]  # at the ends of the phases: data, update
-
+    for step, examples in run.steps(loader):
         # 1 sample
-        readable = runtime.keep_readable(examples, step)
+        run.phase("update")
+        readable = run.keep_readable(examples)
         responses = [encode_response(tokenizer, example.question.response) for example in readable]
 
         # The sums of the whole step, the denominator of the loss among them, fixed before the first backward.
-        totals = runtime.sum_over_ranks({"tokens": sum(len(ids) for ids in responses),
-                                         "unreadable": len(examples) - len(readable)}, device)
+        totals = run.sum({"tokens": sum(len(ids) for ids in responses)})
         if totals["tokens"] == 0:
-            raise ValueError(f"step {step}: no question could be read, check --data_root {args.data_root}; "
-                             f"{examples[0].error}")
+            continue  # nothing could be read on any rank
 
         # 4 the log-probs of the responses, and 5 minus their mean
         sums = {"loss": 0.0, "entropy": 0.0}
@@ -119,6 +113,7 @@ def main(args: Args) -> Path:
             batch = collate_prompts([readable[n] for n in rows.tolist()], device)
             completion_ids, mask = collate_responses([responses[n] for n in rows.tolist()], device)
             logps, entropy = policy(batch, rows - rows[:1], completion_ids, mask)  # (len(rows), C)
+            runtime.require_finite("log-probs", logps, [readable[n] for n in rows.tolist()])
             # L = -sum_t log pi(o_t | q, o_<t) / number of response tokens in the step
             token_weight = mask / totals["tokens"]
             loss = -(logps * token_weight).sum()
@@ -129,23 +124,12 @@ def main(args: Args) -> Path:
 
         # 7 update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)
-        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step, place=output_dir)
-        times.append(runtime.clock())
+        grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm)
+        metrics = {**run.sum(sums), "grad_norm": grad_norm, "lr": lr}
+        run.log(metrics, totals["tokens"], f"loss {metrics['loss']:.3f} grad {grad_norm:.2f} lr {lr:.1e}", signs={})
 
-        step_s = times[-1] - times[0]
-        metrics = {"step": step, **runtime.sum_over_ranks(sums, device), "grad_norm": grad_norm, "lr": lr,
-                   "unreadable": int(totals["unreadable"]), "tokens_per_s": totals["tokens"] / step_s, "step_s": step_s,
-                   "data_s": times[1] - times[0], "update_s": times[2] - times[1]}
-        log(metrics, f"loss {metrics['loss']:.3f} grad {grad_norm:.2f} lr {lr:.1e}")
-        if args.save_every and (step + 1) % args.save_every == 0:
-            runtime.save_checkpoint(output_dir, step + 1, policy, optimizer)
-        start = runtime.clock()
-
-    runtime.report(output_dir, first_step)
-    runtime.export(policy, tokenizer, args.model, output_dir / "final")
-    return output_dir / "final"
+    return run.finish(tokenizer)
 
 
 if __name__ == "__main__":
-    main(runtime.parse_args(Args, TOY))
-    torch.distributed.destroy_process_group()
+    runtime.launch(main, Args, TOY)

@@ -78,7 +78,7 @@ def make_qwen(shape: str, dtype: torch.dtype):
 def our_step(examples, shape: str):
     """A call that makes one step of ours, and the two models that take part: the policy and the sampler."""
     device, toy_shape = setup()[2], shape == "toy"
-    args = SimpleNamespace(model=str(toy.BASE), dtype="float32" if toy_shape else "auto",
+    args = SimpleNamespace(model=str(toy.BASE), dtype="float32" if toy_shape or device.type != "cuda" else "bfloat16",
                            gradient_checkpointing=not toy_shape)
     with mock.patch.object(runtime, "load_qwen", lambda model, dtype: make_qwen(shape, dtype)):
         policy = load_policy(args, device)

@@ -270,7 +270,7 @@ def step_oracle(p, dtype: str) -> None:
     before = [weight.full_tensor().detach().double().clone() for weight in policy.parameters()]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in ours))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    found = runtime.optimizer_step(policy, optimizer, lr, 1.0, 0, p.folder)
+    found = runtime.optimizer_step(policy, optimizer, lr, 1.0)
     worst = 0.0
     for weight, old_weight, g in zip(policy.parameters(), before, ours):
         g = g.double() * min(1.0, 1.0 / (norm + 1e-6))
@@ -442,16 +442,16 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
     qwen = load("toy", torch.float32, torch.device("cpu"))
     examples, _ = bench.make_prompts(qwen, settings["prompts_per_step"], **p.sizes.prompt)
     examples = [dataclasses.replace(e, question=Question(f"q{i}", "", None, None)) for i, e in enumerate(examples)]
-    open_log, sample_groups = runtime.open_log, grpo_video.sample_groups
+    log, sample_groups = runtime.Run.log, grpo_video.sample_groups
 
     def watched_log(*args):
-        log = open_log(*args)
-        return lambda metrics, line: (log(metrics, line), after_step())
+        log(*args)
+        after_step()
 
     replaced = {
         (runtime, "load_qwen"): lambda model, dtype: load(shape, dtype, p.device),
         (runtime, "load_training_set"): lambda *args, **kwargs: (examples, steps),
-        (runtime, "open_log"): watched_log, (runtime, "export"): lambda *args: None,
+        (runtime.Run, "log"): watched_log, (runtime, "export"): lambda *args: None,
         (grpo_video, "make_loader"): lambda dataset, batches, workers: [examples] * steps,
         (grpo_video, "reward_table"): lambda args: {"accuracy": (1.0, lambda *answer: next(coin))},
         (grpo_video, "sample_groups"): lambda *args: sample_groups(*args[:-1], caches)}
@@ -461,8 +461,8 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
             patches.enter_context(mock.patch.object(module, function, ours))
         if p.device.type != "cuda":
             patches.enter_context(mock.patch.object(CapturedCache, "capture", uncaptured))
-        grpo_video.main(grpo_video.Args(model=str(toy.BASE), data_root="none", output_dir=str(output_dir), kl_coef=0.0,
-                                        save_every=0, **settings))
+        grpo_video.main(grpo_video.Args(model=str(toy.BASE), train_file=str(Path(__file__).resolve()), kl_coef=0.0,
+                                        output_dir=str(output_dir), save_every=0, **settings))
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -514,7 +514,8 @@ def largest(p, what: str) -> None:
     """
     shape, sizes, fitted, peak = p.sizes.step_shape, p.sizes, 0, 0
     with mock.patch.object(runtime, "load_qwen", lambda model, dtype: load(shape, dtype, p.device)):
-        policy = runtime.load_policy(SimpleNamespace(model=str(toy.BASE), dtype="auto", gradient_checkpointing=True),
+        dtype = "bfloat16" if p.device.type == "cuda" else "float32"
+        policy = runtime.load_policy(SimpleNamespace(model=str(toy.BASE), dtype=dtype, gradient_checkpointing=True),
                                      p.device)
     sampler = runtime.make_sampler(policy, p.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)

@@ -254,8 +254,7 @@ def test_the_report_adds_up_the_metrics(tmp_path, world):
     assert report["seconds"]["step_s"] == pytest.approx(sum(report["seconds"].values()) / 2)
     assert report["tokens"] == round(sum(m["completion_length"] * 2 * 8 for m in metrics))
     grpo_video.main(grpo_args(tmp_path, **changes, resume=True))
-    again = json.loads((tmp_path / "report.json").read_text())
-    assert again["tokens"] == round(metrics_of(tmp_path)[2]["completion_length"] * 2 * 8)  # its own part: the last step
+    assert json.loads((tmp_path / "report.json").read_text())["tokens"] == report["tokens"]  # of the whole run
 
 
 def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whatever_its_length(world):
@@ -292,13 +291,16 @@ def test_resumed_run_is_bit_identical(tmp_path, world, script, make_args):
     assert [line["step"] for line in again] == [0, 1, 2, 3] and again[3]["loss"] == lines[3]["loss"]
 
 
-def test_resume_without_a_checkpoint_or_with_other_flags_is_an_error(tmp_path, world):
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        grpo_video.main(grpo_args(tmp_path, resume=True))
-    short = dict(prompts_per_step=1, max_completion_length=1)
-    grpo_video.main(grpo_args(tmp_path / "run", **short, save_every=1))
-    with pytest.raises(ValueError, match="--learning_rate 0.5"):
+def test_resume_begins_where_there_is_nothing_and_takes_other_flags_only_on_purpose(tmp_path, world):
+    short = dict(prompts_per_step=1, max_completion_length=1, max_steps=2)
+    grpo_video.main(grpo_args(tmp_path / "run", **short, save_every=1, resume=True))
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == [0, 1]
+    with pytest.raises(ValueError, match="--learning_rate 0.5 .it was 0.0002.*--change learning_rate"):
         grpo_video.main(grpo_args(tmp_path / "run", **short, resume=True, learning_rate=0.5))
+    on_purpose = dict(learning_rate=0.5, change=["learning_rate", "max_steps"])
+    grpo_video.main(grpo_args(tmp_path / "run", **{**short, "max_steps": 3}, resume=True, **on_purpose))
+    assert [m["lr"] for m in metrics_of(tmp_path / "run")] == pytest.approx([2e-4, 1e-4, 0.5 / 3])
+    assert json.loads((tmp_path / "run/args.json").read_text())["learning_rate"] == 0.5
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path, world):
@@ -352,11 +354,22 @@ def test_sft_ranks_with_less_to_learn_keep_pace(tmp_path, world):
     assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-9
 
 
-def test_a_step_without_any_readable_sample_stops_the_run(tmp_path, world):
+def test_a_step_without_any_readable_sample_is_skipped_and_a_run_without_any_ends(tmp_path, world):
     root = small_world(tmp_path / "data", world, keep=4)
+    for script, make_args, file in ((grpo_video, grpo_args, "training_6k"),
+                                    (sft_video, sft_args, "training_with_cot_6k")):
+        images = [question.image for question in load_questions(f"annotations/{file}.jsonl", root)]
+        (_, first), = step_batch(0, 1, 4, 0)
+        images[first].rename(tmp_path / "away")
+        changes = dict(data_root=str(root), prompts_per_step=1, max_steps=3, max_bad_frac=1.0, frame_cache="")
+        script.main(make_args(tmp_path / file, **changes))
+        (tmp_path / "away").rename(images[first])
+        metrics = metrics_of(tmp_path / file)
+        assert [(m["step"], m["skipped_steps"]) for m in metrics] == [(1, 1), (2, 1)]
+        assert [m["unreadable_frac"] for m in metrics] == [1 / 2, 1 / 3] and metrics[0]["unreadable"] == 0
     shutil.rmtree(root / "images")
     for script, make_args in ((grpo_video, grpo_args), (sft_video, sft_args)):
-        with pytest.raises(ValueError, match="no question could be read.*data_root"):
+        with pytest.raises(ValueError, match="4 of 4 questions could not be read(.*\nquestion .*no such file){4}"):
             script.main(make_args(tmp_path / "run", data_root=str(root), prompts_per_step=4))
 
 
