@@ -13,6 +13,8 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
 """
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -24,6 +26,7 @@ import re
 import signal
 import string
 import uuid
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ from pathlib import Path
 import decord  # here and not where it is used, so that the children that decode do not pay for the import
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
     A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
     another one, and does not stop the run. `video` is a key of VIDEO: the videos as they are, or a control; ValueError
-    if it is none, or if "random" has no other video to show.
+    if it is none, or if "random" has no other video to show. Without a tokenizer the files are read, and no more.
     """
 
     def __init__(self, questions: list[Question], tokenizer, settings: PixelSettings, seed: int, video: str = "full"):
@@ -123,7 +126,6 @@ class VideoDataset(torch.utils.data.Dataset):
             raise ValueError(f"--video {video!r}: must be one of {', '.join(VIDEO)}")
         self.questions, self.tokenizer, self.settings = questions, tokenizer, settings
         self.seed, self.video = seed, video
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
         if video == "random":
             by_steps = {len(question.progress): question for question in questions if question.video}
             for question in by_steps.values():  # one each: all with as many steps have the same videos to draw from
@@ -153,6 +155,7 @@ class VideoDataset(torch.utils.data.Dataset):
                 image = read_image(question.image, self.settings) if question.image else None
             except ValueError as error:
                 example.error = str(error)
+            if example.error or self.tokenizer is None:
                 return example
             if frames is not None:
                 frames = control_frames(frames, self.video, rng)
@@ -161,7 +164,8 @@ class VideoDataset(torch.utils.data.Dataset):
                 example.pixel_values, example.image_grid_thw = patchify(image)
         example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
         grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
-        example.position_ids = rope_positions(example.prompt_ids, grids, self.image_token_id, self.video_token_id)
+        pad_ids = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        example.position_ids = rope_positions(example.prompt_ids, grids, *pad_ids)
         return example
 
     def other_videos(self, question: Question) -> list[Path]:
@@ -198,16 +202,22 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def frame_indices(num_total: int, native_fps: float, settings: PixelSettings) -> np.ndarray:
+def frame_indices(num_total: int, native_fps: float, settings: PixelSettings, times=None) -> np.ndarray:
     """Which frames of a video to take: (F,) int64, evenly spread, the first and the last one included.
 
     F is `fps` times the video's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
     video has fewer frames than that, some are taken twice. Raises ValueError for a video without frames or frame rate.
+    `times`, where known: the seconds at which each frame begins and ends, (num_total, 2). If one begins more than half
+    a frame from where `native_fps` puts it, the rate varies: then take what is on the screen at times evenly spread.
     """
     if num_total < 1 or not 0 < native_fps < math.inf:
         raise ValueError(f"the video has {num_total} frames at {native_fps} fps; both must be above 0")
-    num_wanted = int(num_total / native_fps * settings.fps) // 2 * 2
-    num_wanted = min(max(num_wanted, settings.min_frames), settings.num_frames)
+    begins = np.arange(num_total) / native_fps if times is None else times[:, 0] - times[0, 0]
+    varies = np.abs(begins * native_fps - np.arange(num_total)).max() > 0.5
+    seconds = times[-1, 1] - times[0, 0] if varies else num_total / native_fps
+    num_wanted = min(max(int(seconds * settings.fps) // 2 * 2, settings.min_frames), settings.num_frames)
+    if varies:
+        return np.searchsorted(begins, np.linspace(0, begins[-1], num_wanted), side="right") - 1
     return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
 
 
@@ -467,64 +477,98 @@ def resize(image: Image.Image, settings: PixelSettings) -> np.ndarray:
     return np.array(image.convert("RGB").resize((settings.image_size, settings.image_size), Image.Resampling.BICUBIC))
 
 
+def first_bytes(path: Path) -> bytes:
+    """What a file begins with. ValueError if it is no regular file (a fifo may never open) or cannot be opened."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            return file.read(256)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the fault of this machine, not of the file
+            raise
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
 def read_image(path: Path, settings: PixelSettings) -> np.ndarray:
-    """A png or jpeg file -> (1, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    """A png or jpeg file -> (1, H, W, 3) uint8 RGB, upright. Raises ValueError if it cannot be read."""
+    first_bytes(path)
     try:
         with Image.open(path) as image:
-            return resize(image, settings)[None]
+            return resize(ImageOps.exif_transpose(image), settings)[None]
     except Exception as error:  # Pillow raises whatever its plugins raise, SyntaxError among others
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
+# How files begin that hold their frames themselves: mp4 and mov; mkv, avi, flv, ogg, wmv; mxf and the streams of MPEG.
+# Playlists (HLS, DASH, ffconcat, SDP) would make ffmpeg open other files, anywhere on this machine.
+CONTAINER = re.compile(
+    rb"....(ftyp|moov|mdat|wide|free|skip|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS\x00|0&\xb2u\x8ef\xcf\x11|"
+    rb"\x06\x0e\+4|\x00\x00\x01\xba|(....)?G.{187}(....)?G", re.DOTALL)
+warn_once = functools.cache(warnings.warn)
+
+
 def decode_video(path: Path, settings: PixelSettings) -> np.ndarray:
     """An mp4 file -> (F, H, W, 3) uint8 RGB, in this process. Raises whatever decord raises, if it lives to do so."""
-    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-    indices = frame_indices(len(reader), reader.get_avg_fps(), settings)
-    return np.stack([resize(Image.fromarray(frame), settings) for frame in reader.get_batch(indices).asnumpy()])
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+    except decord.DECORDError as error:
+        if "cannot find video stream" in str(error):  # or none that it has the codec for: PyAV may know which
+            with contextlib.suppress(Exception):
+                import av
+                codec = av.open(str(path)).streams.video[0].codec_context
+                error = ValueError(f"codec {codec.codec.canonical_name} ({codec.profile}) is none that decord decodes")
+        raise error
+    times = reader.get_frame_timestamp(range(len(reader))).astype(float)  # (n, 2) seconds
+    known = (times > -1e6).all()  # where avi and mpg files tell none, decord gives some -1e14
+    # A clip cut without encoding it anew begins at a key frame before the cut. No player shows what lies before time 0:
+    # decord counts these frames, but its decoder drops them. Up to the next key frame it can only be read in order.
+    hidden = int((times[:, 0] < -1e-3).sum()) if known else 0
+    in_order = min((key for key in reader.get_key_indices() if key >= hidden), default=len(reader)) - hidden
+    indices = frame_indices(len(reader) - hidden, reader.get_avg_fps(), settings, times[hidden:] if known else None)
+    indices, pixels = indices.tolist(), {}
+    for i in sorted({*range(in_order), *indices}):
+        frame = reader.next() if i < in_order else reader[hidden + i]
+        if i in indices:
+            h, w, c = frame.shape  # c is above 3 for narrow videos: decord takes the padding of a row for channels
+            pixels[i] = resize(Image.frombuffer("RGB", (w, h), frame.asnumpy(), "raw", "RGB", w * c, 1), settings)
+    return np.stack([pixels[i] for i in indices])
 
 
 def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
     """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
 
     A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names
-    do not know this code: empty it after changing how frames are picked or resized. OSError if it cannot be written.
+    do not know this code: empty it after changing how frames are picked or resized. Warns if it cannot be written.
     """
-    if not settings.cache or not path.exists():
+    if not settings.cache:
         return read_video(path, settings)
+    first_bytes(path)  # ValueError, where `stat` would raise OSError
     status = path.stat()
     how = (settings.fps, settings.min_frames, settings.num_frames, settings.image_size)
     key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, how))
     cached = Path(settings.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if cached.exists():
-        try:
-            return np.load(cached)
-        except (ValueError, EOFError):  # damaged, as files are when a machine loses power: read the video again
-            pass
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged, as when a machine loses power
+        return np.load(cached)
     pixels = read_video(path, settings)
-    cached.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
     part = cached.with_suffix(f".{uuid.uuid4().hex}")
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             np.save(file, pixels)
         part.replace(cached)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"the frame cache {settings.cache} cannot be written: {error}; make room or unset it") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        warn_once(f"the frame cache {settings.cache} cannot be written: {error.strerror or 'no room'}; go on without")
     return pixels
 
 
 def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
     """An mp4 file -> (F, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read, for whatever reason."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    if not hasattr(os, "fork"):  # not a POSIX system: decord runs in this process, and may take it along
-        try:
-            return decode_video(path, settings)
-        except Exception as error:
-            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if not CONTAINER.match(start := first_bytes(path)):
+        raise ValueError(f"{path}: begins with {start[:16]!r}, as no video file does; make it an mp4, mkv or the like")
     status, content = decode_in_child(path, settings)
     if status == 0 and content:
         return np.frombuffer(content, np.uint8).reshape(-1, settings.image_size, settings.image_size, 3)
@@ -541,7 +585,7 @@ def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
     """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal for a crash.
 
     On a corrupt file decord may wait forever, eat memory or end the process, so each video is decoded in a child of its
-    own; a fork costs some milliseconds. (A fork by hand: DataLoader workers may not use `multiprocessing`.) The alarm
+    own; a fork costs some milliseconds. (By hand, POSIX: DataLoader workers may not use `multiprocessing`.) The alarm
     clock that ends it is the child's own, so that it goes off even when nobody waits for the child any more.
     """
     read_end, write_end = os.pipe()

@@ -462,7 +462,7 @@ def broken(tmp_path_factory):
     content, index_first = (folder / "good.mp4").read_bytes(), (folder / "fast.mp4").read_bytes()
     (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
     (folder / "truncated_behind_its_index.mp4").write_bytes(index_first[: len(index_first) * 6 // 10])
-    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "noise.mp4").write_bytes(content[:32] + np.random.default_rng(0).bytes(5000))
     (folder / "empty.mp4").touch()
     (folder / "folder.mp4").mkdir()
     Image.fromarray(random_pixels(64, 64, 3)).save(folder / "good.png")
@@ -483,7 +483,7 @@ def test_unreadable_video_is_a_value_error(broken, name):
         data.read_video(broken / name, SMALL)
     assert str(broken / name) in str(error.value) and "\n" not in str(error.value)
     assert len(str(error.value)) > len(str(broken / name)) + 10  # and a reason
-    assert ("no such file" in str(error.value)) == (name == "missing.mp4")
+    assert ("No such file" in str(error.value)) == (name == "missing.mp4")
 
 
 @pytest.mark.parametrize("name", ["truncated.png", "flipped.png", "noise.png", "empty.png", "fifo.png", "missing.png"])
@@ -509,13 +509,14 @@ def children(monkeypatch):
             os.waitpid(pid, os.WNOHANG)
 
 
-def test_hanging_decoder_is_stopped(broken, children):
-    """Opening a pipe that nobody writes to blocks inside decord's C code; a handler for the alarm must not matter."""
+def test_hanging_decoder_is_stopped(broken, children, monkeypatch):
+    """Opening a pipe that nobody writes to blocks inside C code; a handler for the alarm must not matter."""
+    monkeypatch.setattr(data.decord, "VideoReader", lambda *_, **__: os.open(broken / "fifo.mp4", os.O_RDONLY))
     previous = signal.signal(signal.SIGALRM, lambda *_: None)
     start = time.monotonic()
     try:
-        with pytest.raises(ValueError, match=r"fifo.mp4: .*longer than 0.3 s"):
-            data.read_video(broken / "fifo.mp4", replace(SMALL, timeout_s=0.3))
+        with pytest.raises(ValueError, match=r"good.mp4: .*longer than 0.3 s"):
+            data.read_video(broken / "good.mp4", replace(SMALL, timeout_s=0.3))
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert time.monotonic() - start < 5 and len(children) == 1
@@ -580,11 +581,12 @@ def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
 
     def full_disk(file, pixels):
         file.write(b"half")
-        raise OSError("no space left on device")
+        raise OSError("64 requested and 32 written")  # as NumPy says it
 
     monkeypatch.setattr(np, "save", full_disk)
-    with pytest.raises(OSError, match="frame cache .* no space"):
-        data.cached_video(broken / "good.mp4", frames)
+    with pytest.warns(UserWarning, match="frame cache .* no room"):
+        pixels = data.cached_video(broken / "good.mp4", frames)
+    assert np.array_equal(pixels, data.read_video(broken / "good.mp4", frames))
     assert not list(tmp_path.iterdir())
 
 
@@ -595,14 +597,6 @@ def test_unreadable_videos_are_not_cached(broken, tmp_path):
             with pytest.raises(ValueError, match=path.name):
                 data.cached_video(path, frames)
     assert not (tmp_path / "cache").exists()
-
-
-def test_without_fork(broken, monkeypatch):
-    want = data.read_video(broken / "good.mp4", SMALL)
-    monkeypatch.delattr(os, "fork")
-    assert np.array_equal(data.read_video(broken / "good.mp4", SMALL), want)
-    with pytest.raises(ValueError, match="noise.mp4"):
-        data.read_video(broken / "noise.mp4", SMALL)
 
 
 @pytest.mark.parametrize("height, width", [(28, 28), (56, 56), (84, 28), (28, 140), (252, 252)])
@@ -989,9 +983,12 @@ def test_tensors_from_workers_hold_no_file_descriptors(dataset):
     assert sum(len(batch) for batch in kept) == 30 and count() < before + 20  # of 30 x 6 tensors
 
 
-def test_a_hung_video_does_not_stop_the_loader(root, tokenizer, broken):
+def test_a_hung_video_does_not_stop_the_loader(root, tokenizer, broken, monkeypatch):
     good, hung = load(root, TRAINING, {**TRAINING, "sample_id": 8})
-    questions = [good, replace(hung, video=broken / "fifo.mp4")]
+    questions = [good, replace(hung, video=broken / "good.mp4")]
+    decode = data.decode_video
+    monkeypatch.setattr(data, "decode_video", lambda path, settings: decode(path, settings)
+                        if path == good.video else time.sleep(60))
     dataset = data.VideoDataset(questions, tokenizer, replace(SMALL, timeout_s=0.5), seed=0)
     (batch,) = data.make_loader(dataset, [[(0, 1), (0, 0)]], num_workers=1)
     assert "longer than 0.5 s" in batch[0].error and batch[1].error == ""
