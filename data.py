@@ -13,6 +13,7 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
 """
+import atexit
 import contextlib
 import errno
 import functools
@@ -20,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing.reduction
 import os
 import random
 import re
@@ -459,14 +461,21 @@ def make_loader(dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]],
     Each worker has one torch thread (DataLoader sees to that) and is two batches ahead. With no workers, batches are
     read here, when they are asked for.
     """
+    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])  # they ignore SIGTERM
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list,
-                                       worker_init_fn=share_by_name)
+                                       worker_init_fn=start_worker)
 
 
-def share_by_name(worker_id: int) -> None:
-    """Pass tensors to the trainer as named shared memory. By default each one holds a file descriptor open in both
-    processes, and the usual limit of 1024 is soon reached."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
+def start_worker(worker_id: int) -> None:
+    """Tensors go to the trainer by value: torch would put them into shared memory, to stay there when both are killed.
+    The trainer decides when its workers end. Ctrl-C and SLURM signal the whole group: a worker that died of it would
+    take the batch of the last step along. Without a trainer they end within a second, whatever they wait for."""
+    multiprocessing.reduction.register(Tensor, lambda x: (torch.from_numpy, (x.numpy(),)))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = os.getppid()
+    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == trainer or os._exit(1))
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -367,3 +367,89 @@ def test_a_cache_that_cannot_be_written_warns_once(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "open", read_only, raising=False)
     first, second = twice(path, replace(SMALL, cache=str(cache)))
     assert len(first) == 1 and ("Read-only" in first[0] or kind != "read-only") and not second
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers.
+
+class Large(torch.utils.data.Dataset):
+    """Examples of 5 MB, far more than a pipe holds; the second one may kill its worker, the third one take minutes."""
+
+    def __init__(self, fatal=False, busy=False):
+        self.fatal, self.busy = fatal, busy
+
+    def __getitem__(self, key):
+        if self.busy and key[1] > 1:
+            time.sleep(200)
+        if self.fatal and key == (0, 1):
+            time.sleep(1)  # until the first one has been passed on
+            os.kill(os.getpid(), signal.SIGKILL)
+        ids = torch.arange(key[1] + 1)
+        return Example(Question(str(os.getpid()), "q", None, None), (), "", "", ids, ids.expand(3, -1),
+                       torch.full((1000, 1176), float(key[1])), torch.tensor([[1, 2, 3]]))
+
+
+def in_memory():
+    """torch's names in /dev/shm, torch_(process)_..., and what this process maps of them, also if the name is gone."""
+    maps = [line.split("/")[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/torch_" in line]
+    return {name for name in [*os.listdir("/dev/shm"), *maps] if name.startswith("torch_")}
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_workers_use_no_shared_memory(fatal):
+    kept, seen = [], set()
+    loader = data.make_loader(Large(fatal), [[(0, i)] for i in range(6)], num_workers=1)
+    try:
+        for batch in loader:
+            kept += batch
+            seen |= in_memory()
+    except RuntimeError as error:
+        assert fatal and "worker" in str(error)
+    assert len(kept) == (1 if fatal else 6)
+    for i, example in enumerate(kept):
+        assert torch.equal(example.prompt_ids, torch.arange(i + 1)) and example.position_ids.shape == (3, i + 1)
+        assert torch.equal(example.pixel_values_videos, torch.full((1000, 1176), float(i)))
+        assert example.video_grid_thw.tolist() == [[1, 2, 3]] and example.pixel_values is None
+        example.pixel_values_videos.add_(1)  # memory of its own
+    ours = {example.question.id for example in kept} | {str(os.getpid())}  # others may use torch on this machine
+    assert not [name for name in seen | in_memory() if name.split("_")[1] in ours]
+
+
+def test_workers_outlive_signals_to_the_group():
+    loader = iter(data.make_loader(Large(), [[(0, i)] for i in range(8)], num_workers=1))
+    worker = int(next(loader)[0].question.id)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker, number)
+    assert [int(batch[0].question.id) for batch in loader] == [worker] * 7
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("busy", [False, True])  # else they hold batches that nobody will take, more than a pipe does
+@pytest.mark.parametrize("ending, status", [("os.kill(os.getpid(), 9)", -9), ("sys.exit(3)", 3)])
+def test_workers_end_with_the_trainer(tmp_path, ending, status, busy):
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        f"import os, sys, time\nsys.path[:0] = {[os.path.dirname(data.__file__), os.path.dirname(__file__)]}\n"
+        "import data, test_videos\n"
+        f"dataset, batches = test_videos.Large(busy={busy}), [[(0, i)] for i in range(50)]\n"
+        "loader = iter(data.make_loader(dataset, batches, num_workers=2))\n"
+        "print(*(next(loader)[0].question.id for _ in range(2)), flush=True)\n"
+        f"time.sleep(1)\n{ending}\n")
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    start = time.monotonic()
+    try:
+        assert len(set(workers)) == 2 and trainer.wait(30) == status
+        while any(map(running, workers)):
+            assert time.monotonic() - start < 30
+            time.sleep(0.1)
+    finally:
+        for pid in filter(running, [trainer.pid, *workers]):
+            os.kill(pid, signal.SIGKILL)
+        trainer.stdout.close()
