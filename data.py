@@ -9,10 +9,12 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
     order     which questions belong to a step follows from its number; worker processes prepare them ahead of training
     decoding  one video, in a child process, since decord can hang or crash
     files     JSONL, or a JSON list, in one of five shapes -> `Question`
+    check     python data.py FILE --data_root DIR: whether every video and image of a file can be read
 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
 """
+import argparse
 import atexit
 import contextlib
 import errno
@@ -27,6 +29,7 @@ import random
 import re
 import signal
 import string
+import sys
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -38,6 +41,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The dataset: where a video becomes tokens.
@@ -870,3 +874,30 @@ def inside(root: Path, field: str, *parts: str) -> Path:
     if not path.is_relative_to(root):
         raise ValueError(f"field {field!r} leads to {'/'.join(parts)!r}, which is {path}; {fix}")
     return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Check: before days of training, whether all files can be read. With --frame_cache, later runs need not decode them.
+
+def check_files() -> None:
+    parser = argparse.ArgumentParser(description="Reads the video and the image of every question of a dataset file.")
+    parser.add_argument("file")
+    flags = dict(data_root=".", fps=2.0, min_frames=4, num_frames=16, image_size=252, frame_cache="", num_workers=2)
+    for name, default in flags.items():  # they mean what they mean to the trainers (runtime.py)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args()
+    try:
+        settings = PixelSettings(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
+        dataset = VideoDataset(load_questions(args.file, args.data_root), None, settings, seed=0)
+    except ValueError as error:
+        sys.exit(str(error))
+    loader = make_loader(dataset, [[(0, i)] for i in range(len(dataset))], args.num_workers)
+    errors = [f"{e.question.id}: {e.error}" for [e] in tqdm(loader, total=len(dataset), dynamic_ncols=True) if e.error]
+    videos, images = (sum(map(bool, paths)) for paths in zip(*((q.video, q.image) for q in dataset.questions)))
+    print(f"{len(dataset)} questions, {videos} with video, {images} with image; {len(errors)} unreadable:", *errors,
+          sep="\n")
+    sys.exit(bool(errors))
+
+
+if __name__ == "__main__":
+    check_files()

@@ -453,3 +453,65 @@ def test_workers_end_with_the_trainer(tmp_path, ending, status, busy):
         for pid in filter(running, [trainer.pid, *workers]):
             os.kill(pid, signal.SIGKILL)
         trainer.stdout.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+def check(root, *flags):
+    done = subprocess.run([sys.executable, data.__file__, "x.jsonl", "--data_root", root, *flags], text=True,
+                          capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def root(tmp_path):
+    for folder in ("videos/s", "images/s"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_video(tmp_path / "videos/s/a.mp4", range(0, 400, 40))
+    Image.new("L", (9, 9)).save(tmp_path / "images/s/a.png")
+    return tmp_path
+
+
+def write_records(root, *names):
+    """One question for each (video, image)."""
+    (root / "x.jsonl").write_text("\n".join(json.dumps(
+        {"sample_id": i, "video_source": "s", "task_goal": "g", "question": "q", "video_basename": video,
+         "task_progress_metadata": [{"narration_text": "x"}] if video else [], "current_observation_basename": image,
+         "answer": "yes", "negative_answers": ["no"]}) for i, (video, image) in enumerate(names)))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_command_reads_all_files_and_fills_the_cache(root, workers):
+    write_records(root, ("a.mp4", "a.png"), ("", "a.png"), ("a.mp4", "a.png"))
+    flags = ("--frame_cache", str(root / "cache"), "--image_size", "56", "--num_frames", "8", "--num_workers", workers)
+    status, out, error = check(root, *flags)
+    assert status == 0 and out.strip() == "3 questions, 2 with video, 3 with image; 0 unreadable:", (out, error)
+    (cached,) = (root / "cache").iterdir()
+    want = data.read_video(root / "videos/s/a.mp4", SMALL)
+    assert np.array_equal(np.load(cached), want)
+    cached.write_bytes(cached.read_bytes()[:-3] + b"\1\2\3")  # what training reads from then on
+    again = data.cached_video((root / "videos/s/a.mp4").resolve(), replace(SMALL, cache=str(root / "cache")))
+    assert again[-1, -1, -1].tolist() == [1, 2, 3]
+
+
+def test_the_command_lists_what_cannot_be_read(root):
+    (root / "videos/s/b.mp4").write_text("#EXTM3U")
+    write_records(root, ("a.mp4", "a.png"), ("b.mp4", "a.png"), ("a.mp4", "gone.png"))
+    status, out, _ = check(root)
+    assert status == 1
+    assert out.splitlines()[0] == "3 questions, 3 with video, 3 with image; 2 unreadable:"
+    first, second = out.splitlines()[1:]
+    assert first.startswith("1: ") and "b.mp4" in first and second.startswith("2: ") and "gone.png" in second
+
+
+@pytest.mark.parametrize("text, flags, says", [
+    ('{"a": 1}', (), "x.jsonl, line 1: the record has the keys ['a']"), ("{", (), "x.jsonl, line 1: is not JSON"),
+    (None, (), "x.jsonl: cannot be read"), ("good", ("--image_size", "250"), "image_size is 250")])
+def test_the_command_refuses_in_one_line(root, text, flags, says):
+    if text == "good":
+        write_records(root, ("a.mp4", "a.png"))
+    elif text:
+        (root / "x.jsonl").write_text(text)
+    status, out, error = check(root, *flags)
+    assert status == 1 and not out and len(error.splitlines()) == 1 and says in error
