@@ -475,6 +475,7 @@ def start_worker(worker_id: int) -> None:
     The trainer decides when its workers end. Ctrl-C and SLURM signal the whole group: a worker that died of it would
     take the batch of the last step along. Without a trainer they end within a second, whatever they wait for."""
     multiprocessing.reduction.register(Tensor, lambda x: (torch.from_numpy, (x.numpy(),)))
+    signal.set_wakeup_fd(-1)  # the trainer's (`watch` in runtime.py)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     trainer = os.getppid()

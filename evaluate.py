@@ -31,23 +31,11 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+import runtime
 from data import Example, VideoDataset, file_names, first_letter, grade, load_questions, make_loader, parse_answer
 from model import collate_prompts, end_token_ids, vision_token_ids
-from runtime import (
-    HERE,
-    RunArgs,
-    arg,
-    check_for_sft,
-    launch,
-    load_sampler,
-    load_tokenizer,
-    on_rank_0,
-    open_folder,
-    require_finite,
-    resolve,
-    setup,
-    write_whole,
-)
+from run import open_folder, write_whole
+from runtime import RunArgs, arg
 from sampler import completion_text, generate
 
 PARSERS = {"strict": parse_answer, "first_letter": first_letter}
@@ -134,7 +122,7 @@ def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tupl
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, sampler.device), vision_token_ids(sampler, sampler.device)
     completions = generate(sampler, collate_prompts(examples, sampler.device), 1, args.max_completion_length,
                            temperature=0.0, seeds=None, end_ids=end_ids, banned_ids=banned_ids)
-    require_finite("log-probs", completions.logps, examples)
+    runtime.require_finite("log-probs", completions.logps, examples)
     return [(completion_text(tokenizer, ids, length, ended), length, not ended)
             for ids, length, ended in zip(completions.ids, completions.lengths.tolist(), completions.ended.tolist())]
 
@@ -262,23 +250,23 @@ def compare(records_a: list[dict], records_b: list[dict], place: str) -> list[di
 
 def main(args: Args) -> list[dict]:
     """Evaluates and returns the table (on rank 0; elsewhere an empty list)."""
-    rank, world_size, device = setup()
-    args = resolve(args, device)
+    rank, world_size, device = runtime.setup()
+    args = runtime.resolve(args, device)
     # First, because a typo should not cost an evaluation.
     other, other_settings = read_evaluation(args) if args.compare else ([], {})
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = runtime.load_tokenizer(args.model)
     datasets = {}
     for file in args.eval_files:
         questions = load_questions(file, args.data_root)[:args.max_questions or None]
-        check_for_sft(questions, file, for_sft=False)
+        runtime.check_for_sft(questions, file, for_sft=False)
         datasets[file] = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
     if rank == 0:
         for file, dataset in datasets.items():
             print(f"{file}: {dataset.describe_prompt()}")
 
-    sampler = load_sampler(args, device)  # a copy on every rank: no process waits for another while it decodes
-    output_dir, HERE.phase = open_folder(args), "answering"
-    before = [on_rank_0(answered_before, output_dir)]
+    sampler = runtime.load_sampler(args, device)  # a copy on every rank: no process waits for another while it decodes
+    output_dir, runtime.HERE.phase = open_folder(args), "answering"
+    before = [runtime.on_rank_0(answered_before, output_dir)]
     dist.broadcast_object_list(before)
     records = [record for file, dataset in datasets.items() for record in answer_file(
         file, dataset, sampler, args, rank, world_size, before[0], output_dir / f"samples_rank{rank}.jsonl")]
@@ -370,4 +358,4 @@ def print_comparison(a: dict, b: dict, table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Args, TOY)
+    runtime.launch(main, Args, TOY)

@@ -53,6 +53,7 @@ from tqdm import tqdm
 import runtime
 from data import Example, grade, make_loader, step_batch
 from model import collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids
+from run import Run
 from runtime import TrainArgs, arg
 from sampler import Completions, completion_text, generate
 
@@ -276,7 +277,7 @@ def main(args: Args) -> Path:
     reference = runtime.load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = runtime.Run(args, policy, optimizer, num_steps, device)
+    run = Run(args, policy, optimizer, num_steps, device)
     sampler = runtime.make_sampler(policy, device)
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, device), vision_token_ids(sampler, device)
     caches = {} if args.cuda_graph else None
@@ -401,7 +402,7 @@ def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: 
 
 
 def progress_line(m: dict) -> tuple[str, dict[str, bool]]:
-    """(the numbers to watch, signs of trouble: phrase -> whether it holds), for `health` in runtime.py."""
+    """(the numbers to watch, signs of trouble: phrase -> whether it holds), for `health` in run.py."""
     # Thresholds are rules of thumb from GRPO runs, not from the paper.
     signs = {"most answers do not parse": m["parse_rate"] < 0.5,
              "completions do not end": m["truncated_frac"] > 0.2,

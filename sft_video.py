@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 import runtime
 from data import make_loader, step_batch
 from model import collate_prompts, mask_from_lengths
+from run import Run
 from runtime import TrainArgs, arg
 
 
@@ -92,7 +93,7 @@ def main(args: Args) -> Path:
     policy = runtime.load_policy(args, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
-    run = runtime.Run(args, policy, optimizer, num_steps, device)
+    run = Run(args, policy, optimizer, num_steps, device)
     loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
                                    for step in range(run.first_step, num_steps)], args.num_workers)
 

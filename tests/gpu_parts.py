@@ -39,6 +39,7 @@ import bench  # noqa: E402
 import evaluate  # noqa: E402
 import float64  # noqa: E402
 import grpo_video  # noqa: E402
+import run  # noqa: E402
 import runtime  # noqa: E402
 import toy  # noqa: E402
 from data import Question  # noqa: E402
@@ -442,7 +443,7 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
     qwen = load("toy", torch.float32, torch.device("cpu"))
     examples, _ = bench.make_prompts(qwen, settings["prompts_per_step"], **p.sizes.prompt)
     examples = [dataclasses.replace(e, question=Question(f"q{i}", "", None, None)) for i, e in enumerate(examples)]
-    log, sample_groups = runtime.Run.log, grpo_video.sample_groups
+    log, sample_groups = run.Run.log, grpo_video.sample_groups
 
     def watched_log(*args):
         log(*args)
@@ -451,7 +452,7 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
     replaced = {
         (runtime, "load_qwen"): lambda model, dtype: load(shape, dtype, p.device),
         (runtime, "load_training_set"): lambda *args, **kwargs: (examples, steps),
-        (runtime.Run, "log"): watched_log, (runtime, "export"): lambda *args: None,
+        (run.Run, "log"): watched_log, (runtime, "export"): lambda *args: None,
         (grpo_video, "make_loader"): lambda dataset, batches, workers: [examples] * steps,
         (grpo_video, "reward_table"): lambda args: {"accuracy": (1.0, lambda *answer: next(coin))},
         (grpo_video, "sample_groups"): lambda *args: sample_groups(*args[:-1], caches)}
