@@ -1,5 +1,6 @@
 # make test      install into .venv and run the tests
 # make test-slow run the slow ones, three minutes more: the dry run of `make gpu`, the bench, the page of scaling
+# make test-faults   real processes, really killed, stopped and starved, six minutes more
 # make lint      install ruff into .venv and check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
@@ -15,7 +16,7 @@ LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 export GOMP_SPINCOUNT ?= 1000
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
-.PHONY: test test-slow lint demo results gpu clean
+.PHONY: test test-slow test-faults lint demo results gpu clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,10 +24,13 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 	touch $@
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -m "not slow and not faults" tests
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow tests
+
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -q -m faults tests
 
 lint: .venv/installed
 	$(BIN)/pip install -q -r requirements-dev.txt

@@ -895,7 +895,7 @@ def check_files() -> None:
     loader = make_loader(dataset, [[(0, i)] for i in range(len(dataset))], args.num_workers)
     errors = [f"{e.question.id}: {e.error}" for [e] in tqdm(loader, total=len(dataset), dynamic_ncols=True) if e.error]
     videos, images = (sum(map(bool, paths)) for paths in zip(*((q.video, q.image) for q in dataset.questions)))
-    print(f"{len(dataset)} questions, {videos} with video, {images} with image; {len(errors)} unreadable:", *errors,
+    print(f"{len(dataset)} questions, {videos} with video, {images} with image; {len(errors)} unreadable", *errors,
           sep="\n")
     sys.exit(bool(errors))
 

@@ -108,11 +108,13 @@ def answered_before(output_dir: Path) -> list[dict]:
     """The records that a run to be resumed has left, in one file from now on."""
     files = [path for path in (output_dir / "samples.jsonl", *output_dir.glob("samples_rank*.jsonl")) if path.exists()]
     lines = [line for path in files for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    write_whole(output_dir / "samples_rank0.jsonl", "".join(lines))  # without a last line that a kill has torn
+    # Without a last line that a kill has torn, and once each: it may have come before the files below were removed.
+    records = {(r["file"], r["sample_id"]): r for r in map(json.loads, lines)}.values()
+    write_whole(output_dir / "samples_rank0.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for path in files:
         if path.name != "samples_rank0.jsonl":
             path.unlink()
-    return [json.loads(line) for line in lines]
+    return list(records)
 
 
 def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tuple[str, int, bool]]:

@@ -227,7 +227,8 @@ def claim_folder(args) -> None:
     files = [args.train_file, *args.leave_out] if isinstance(args, TrainArgs) else args.eval_files
     now = {**vars(args), "sha256": {file: sha256(Path(args.data_root) / file) for file in files}}
     found = sorted(folder.iterdir()) if folder.exists() else []
-    before = read_settings(settings) if args.resume and any(path.name != "lock" for path in found) else None
+    begun = [path for path in found if path.name not in ("lock", "args.json.part")]
+    before = read_settings(settings) if args.resume and begun else None
     foreign = [path for path in found if not OWN.fullmatch(path.name) and not (path / "args.json").exists()]
     if foreign and before is None:
         raise ValueError(f"--output_dir {folder}: {foreign[0].name} in it was not written by a run; give another")

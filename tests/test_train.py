@@ -369,7 +369,7 @@ def test_a_step_without_any_readable_sample_is_skipped_and_a_run_without_any_end
         assert [m["unreadable_frac"] for m in metrics] == [1 / 2, 1 / 3] and metrics[0]["unreadable"] == 0
     shutil.rmtree(root / "images")
     for script, make_args in ((grpo_video, grpo_args), (sft_video, sft_args)):
-        with pytest.raises(ValueError, match="4 of 4 questions could not be read(.*\nquestion .*no such file){4}"):
+        with pytest.raises(ValueError, match="4 of 4 questions could not be read(.*\nquestion .*No such file){4}"):
             script.main(make_args(tmp_path / "run", data_root=str(root), prompts_per_step=4))
 
 
