@@ -112,9 +112,9 @@ class Example:
     prompt_text: str  # the text of the user turn
     prompt_ids: Tensor  # (P,) int64
     position_ids: Tensor  # (3, P) int64
-    pixel_values_videos: Tensor | None = None  # (S, 1176) float32
+    pixel_values_videos: Tensor | None = None  # (S, 1176) uint8, for `normalise`
     video_grid_thw: Tensor | None = None  # (1, 3) int64
-    pixel_values: Tensor | None = None  # (S, 1176) float32, of the image
+    pixel_values: Tensor | None = None  # (S, 1176) uint8, of the image
     image_grid_thw: Tensor | None = None  # (1, 3) int64
     error: str = ""  # why the pixels could not be read; then P is 0 and there are none
 
@@ -244,7 +244,7 @@ def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.nda
 
 
 def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 RGB (F, H, W, 3) -> patches (S, 1176) float32, and their numbers in (time, height, width), (1, 3) int64.
+    """uint8 RGB (F, H, W, 3) -> patches (S, 1176) uint8, and their numbers in (time, height, width), (1, 3) int64.
 
     F is even, or 1: the frame of an image is repeated to fill the temporal patch. H and W are multiples of 28. Else
     ValueError. The four patches that the vision tower merges into one token are neighbours in S.
@@ -256,10 +256,8 @@ def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
         pixels = pixels.repeat(TEMPORAL_PATCH_SIZE, axis=0)
     elif num_frames < 1 or num_frames % TEMPORAL_PATCH_SIZE:
         raise ValueError(f"pixels have {num_frames} frames; give an even number, or one for an image")
-    # x = (pixel / 255 - mean) / std
-    x = torch.tensor(pixels).float().div_(255).sub_(torch.tensor(IMAGE_MEAN)).div_(torch.tensor(IMAGE_STD))
-    grid_t, grid_h, grid_w = len(x) // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
-    x = x.view(
+    grid_t, grid_h, grid_w = len(pixels) // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+    x = torch.tensor(pixels).view(
         grid_t, TEMPORAL_PATCH_SIZE,  # 0 time, 1 frame in the patch
         grid_h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 2 row of tokens, 3 row of patches in it, 4 row of pixels
         grid_w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 5, 6, 7 the same for columns
@@ -267,6 +265,12 @@ def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     )
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # which patch: 0 2 5 3 6; inside it: channel, frame, row, column
     return x.reshape(grid_t * grid_h * grid_w, -1), torch.tensor([[grid_t, grid_h, grid_w]])
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """(x / 255 - mean) / std, 392 numbers a channel: (S, 1176) uint8 -> float32, on the device of the patches."""
+    scale, mean, std = (torch.tensor(x, device=patches.device).view(-1, 1) for x in (255.0, IMAGE_MEAN, IMAGE_STD))
+    return patches.float().view(-1, 3, 392).div_(scale).sub_(mean).div_(std).flatten(1)  # CUDA's div_(255) rounds twice
 
 
 # ----------------------------------------------------------------------------------------------------------------------

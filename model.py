@@ -19,7 +19,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import Example, patchify
+from data import Example, normalise, patchify
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch of prompts on the device.
@@ -31,7 +31,7 @@ class Prompts:
     lengths: Tensor  # (B,) int64
     position_ids: Tensor  # (3, tokens) int64: time, height, width of M-RoPE
     next_position: Tensor  # (B,) int64: the position of the first completion token, on all three axes
-    pixel_values: Tensor  # (S, 1176) float32: the patches of all prompts, in the order of their tokens
+    pixel_values: Tensor  # (S, 1176) float32, normalised: the patches of all prompts, in the order of their tokens
     grid_thw: Tensor  # (videos and images, 3) int64: patches in time, height and width
 
 
@@ -53,7 +53,7 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
         position_ids=torch.cat(position_ids, dim=1),
         # Not the length: a video of 648 tokens advances the positions by 9 only (its grid's largest side, in tokens).
         next_position=torch.stack([positions.max() + 1 for positions in position_ids]),
-        pixel_values=torch.cat([values for values, _ in pixels]),
+        pixel_values=normalise(torch.cat([values for values, _ in pixels]).to(device)),  # moved as bytes
         grid_thw=torch.cat([grid for _, grid in pixels]))
     return Prompts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 

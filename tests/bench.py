@@ -16,6 +16,7 @@ a whole step of TRL's, B6 collectives while sampling, B7 growth with frames, gro
 """
 import argparse
 import ctypes
+import dataclasses
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import toy  # noqa: E402
-from data import Example, patchify, rope_positions  # noqa: E402
+from data import Example, normalise, patchify, rope_positions  # noqa: E402
 from model import Policy, collate_prompts, token_logps, use_our_attention, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, load_sampler, make_sampler, setup  # noqa: E402
 from sampler import generate  # noqa: E402
@@ -90,6 +91,13 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
         video = pixels.get("videos", (None, None))
         examples.append(Example(None, (), "", "", ids, positions, *video, *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
+
+
+def normalised(example: Example) -> Example:
+    """The example as Hugging Face's models take it: its patches float32, not bytes."""
+    pixels = {name: normalise(patches) for name in ("pixel_values_videos", "pixel_values")
+              if (patches := getattr(example, name)) is not None}
+    return dataclasses.replace(example, **pixels)
 
 
 def random_rows(qwen, num_completions: int, C: int):
@@ -192,7 +200,9 @@ def show(row: dict) -> None:
 # The comparisons. Each yields rows.
 
 def hf_generate(qwen, example, C: int):
-    """Hugging Face's sampling of one group: the vision tower runs once, but the prompt is prefilled G times."""
+    """Hugging Face's sampling of one group: the vision tower runs once, but the prompt is prefilled G times.
+
+    The example is a `normalised` one, made before the clock runs, as `prompts` are for ours."""
     ids = example.prompt_ids.to(qwen.device)[None]
     config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=C,
                               num_return_sequences=G, eos_token_id=None, pad_token_id=0,
@@ -222,6 +232,7 @@ def b1(qwen, args):
     gpu = qwen.device.type == "cuda"
     for num_prompts, C, aim in ((1, 64, 6 if gpu else 2.5), (1, 256, 6 if gpu else 1.8), (8, 64, 15 if gpu else None)):
         examples, prompts = make_prompts(qwen, num_prompts)
+        examples = [normalised(example) for example in examples]
         sides = {"generate": lambda C=C, examples=examples: [hf_generate(qwen, example, C) for example in examples],
                  "ours": rollout_of(qwen, prompts, C, caches=caches)}
         # Counted without CUDA graphs: a replay calls no module.

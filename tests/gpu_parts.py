@@ -97,7 +97,7 @@ def ragged_examples(qwen, size: dict) -> list:
 
 def hf_logps(qwen, example, ids: torch.Tensor) -> torch.Tensor:
     """log softmax over the vocabulary before each of the L tokens `ids`, vision tokens banned: (L, V), with grad."""
-    device, positions = qwen.device, example.position_ids
+    device, positions, example = qwen.device, example.position_ids, bench.normalised(example)
     after = positions.max() + 1 + torch.arange(len(ids))
     names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
     logits = qwen(input_ids=torch.cat([example.prompt_ids.to(device), ids])[None],
@@ -203,7 +203,7 @@ def equal_to_generate(qwen, examples, ours, ends, banned) -> int:
     config, equal = qwen.config, 0
     plain = GenerationConfig(do_sample=False, max_new_tokens=ours.ids.shape[1], pad_token_id=0,
                              eos_token_id=ends.tolist(), suppress_tokens=banned.tolist())
-    for example, ids, length in zip(examples, ours.ids.tolist(), ours.lengths.tolist()):
+    for example, ids, length in zip(map(bench.normalised, examples), ours.ids.tolist(), ours.lengths.tolist()):
         prompt = example.prompt_ids.to(qwen.device)[None]
         kinds = (prompt == config.image_token_id).int() + 2 * (prompt == config.video_token_id).int()
         pixels = {name: getattr(example, name).to(qwen.device)
@@ -404,7 +404,7 @@ def sampling_rows(p, shape: str, by_graph: bool) -> None:
         if by_graph:
             what, sides = "ours against ours by graph", (ours, bench.rollout_of(qwen, prompts, C, caches={}))
         else:
-            what = "generate against ours"
+            what, examples = "generate against ours", [bench.normalised(example) for example in examples]
             sides = (lambda examples=examples: [bench.hf_generate(qwen, example, C) for example in examples], ours)
         seconds = bench.take_turns(dict(zip(("usual", "ours"), sides)), p.sizes.rounds, "c")
         add_ratio(p, f"{shape}: {what}, {num_prompts * bench.G} rows x {C}", seconds["usual"], seconds["ours"])

@@ -606,8 +606,8 @@ def test_image_patches_equal_hugging_face(height, width):
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 1280})
     want = processor(images=[Image.fromarray(pixels[0])], return_tensors="pt")
     assert grid.dtype == torch.int64 and torch.equal(grid, want["image_grid_thw"])
-    assert patches.dtype == torch.float32 and patches.shape == want["pixel_values"].shape
-    assert torch.allclose(patches, want["pixel_values"], rtol=0, atol=1e-6)
+    assert patches.dtype == torch.uint8 and patches.shape == want["pixel_values"].shape
+    assert torch.allclose(data.normalise(patches), want["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("F, height, width", [(2, 28, 28), (4, 56, 84), (6, 84, 56), (1, 28, 56)])
@@ -627,8 +627,19 @@ def test_video_patches_equal_a_loop(F, height, width):
                                     value = pixels[frame, y, x, channel] / 255
                                     patch.append((value - data.IMAGE_MEAN[channel]) / data.IMAGE_STD[channel])
                     want.append(patch)
-    assert grid.tolist() == [[(F + 1) // 2, height // 14, width // 14]] and patches.dtype == torch.float32
-    assert torch.allclose(patches.double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert grid.tolist() == [[(F + 1) // 2, height // 14, width // 14]] and patches.dtype == torch.uint8
+    values = data.normalise(patches)
+    assert values.dtype == torch.float32
+    assert torch.allclose(values.double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_patches_are_normalised_as_pixels_would_be():
+    # To the last bit: patchify only moves numbers, so frames that were normalised before it must give the same patches.
+    pixels = np.arange(256, dtype=np.uint8)[:, None, None, None].repeat(28, 1).repeat(28, 2).repeat(3, 3)
+    values = torch.tensor(pixels).float().div(255).sub(torch.tensor(data.IMAGE_MEAN)).div(torch.tensor(data.IMAGE_STD))
+    patches, _ = data.patchify(pixels)
+    before = patches.clone()
+    assert torch.equal(data.normalise(patches), data.patchify(values.numpy())[0]) and torch.equal(patches, before)
 
 
 def test_patches_of_a_still_video_are_those_of_the_image():
@@ -898,6 +909,7 @@ def test_examples_of_all_shapes(root, tokenizer):
     for example in (training, validation, sft):
         assert example.error == ""
         assert torch.equal(example.pixel_values_videos, video) and torch.equal(example.video_grid_thw, video_grid)
+        assert example.pixel_values_videos.dtype == example.pixel_values.dtype == torch.uint8  # bytes until a batch
         assert torch.equal(example.pixel_values, image) and torch.equal(example.image_grid_thw, image_grid)
         ids = data.encode_prompt(tokenizer, example.prompt_text, video_grid, image_grid)
         assert torch.equal(example.prompt_ids, ids)

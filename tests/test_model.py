@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 
 import model as model_module
 import toy
+from bench import normalised
 from conftest import same_gradients
 from grpo_video import TOY, Args, sample_groups
 from model import (
@@ -60,6 +61,7 @@ def hf_inputs(example, ids=None):
     """What Hugging Face wants for one example: no position ids, it computes its own."""
     ids = example.prompt_ids if ids is None else torch.cat([example.prompt_ids, ids])
     names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
+    example = normalised(example)
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None],
             **{name: getattr(example, name) for name in names if getattr(example, name) is not None}}
 

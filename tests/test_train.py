@@ -21,6 +21,7 @@ import runtime
 import sampler
 import sft_video
 import toy
+from bench import normalised
 from conftest import ROOT
 from data import VideoDataset, load_questions, step_batch
 from runtime import parse_args
@@ -457,7 +458,7 @@ def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world):
     records = VideoDataset(questions, tokenizer, toy.PIXELS, 0)
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
     total = count = 0
-    for example in (records[0, i] for i in range(4)):
+    for example in (normalised(records[0, i]) for i in range(4)):
         response = torch.tensor(tokenizer(example.question.response + "<|im_end|>")["input_ids"])
         ids = torch.cat([example.prompt_ids, response])
         after = example.position_ids.max() + 1 + torch.arange(len(response))

@@ -386,7 +386,7 @@ class Large(torch.utils.data.Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         ids = torch.arange(key[1] + 1)
         return Example(Question(str(os.getpid()), "q", None, None), (), "", "", ids, ids.expand(3, -1),
-                       torch.full((1000, 1176), float(key[1])), torch.tensor([[1, 2, 3]]))
+                       torch.full((4000, 1176), key[1], dtype=torch.uint8), torch.tensor([[1, 2, 3]]))
 
 
 def in_memory():
@@ -408,7 +408,7 @@ def test_workers_use_no_shared_memory(fatal):
     assert len(kept) == (1 if fatal else 6)
     for i, example in enumerate(kept):
         assert torch.equal(example.prompt_ids, torch.arange(i + 1)) and example.position_ids.shape == (3, i + 1)
-        assert torch.equal(example.pixel_values_videos, torch.full((1000, 1176), float(i)))
+        assert torch.equal(example.pixel_values_videos, torch.full((4000, 1176), i, dtype=torch.uint8))
         assert example.video_grid_thw.tolist() == [[1, 2, 3]] and example.pixel_values is None
         example.pixel_values_videos.add_(1)  # memory of its own
     ours = {example.question.id for example in kept} | {str(os.getpid())}  # others may use torch on this machine
