@@ -258,6 +258,7 @@ def test_the_report_adds_up_the_metrics(tmp_path, world):
     assert json.loads((tmp_path / "report.json").read_text())["tokens"] == report["tokens"]  # of the whole run
 
 
+@pytest.mark.slow
 def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whatever_its_length(world):
     counts = json.loads(torchrun("tests/bench.py", 2, "--collectives").splitlines()[-1])["counts"]["ours"]
     assert counts["of these in sampling"] == 0 < counts["in a sharded forward pass"]

@@ -486,7 +486,7 @@ def test_the_command_reads_all_files_and_fills_the_cache(root, workers):
     write_records(root, ("a.mp4", "a.png"), ("", "a.png"), ("a.mp4", "a.png"))
     flags = ("--frame_cache", str(root / "cache"), "--image_size", "56", "--num_frames", "8", "--num_workers", workers)
     status, out, error = check(root, *flags)
-    assert status == 0 and out.strip() == "3 questions, 2 with video, 3 with image; 0 unreadable:", (out, error)
+    assert status == 0 and out.strip() == "3 questions, 2 with video, 3 with image; 0 unreadable", (out, error)
     (cached,) = (root / "cache").iterdir()
     want = data.read_video(root / "videos/s/a.mp4", SMALL)
     assert np.array_equal(np.load(cached), want)
@@ -500,7 +500,7 @@ def test_the_command_lists_what_cannot_be_read(root):
     write_records(root, ("a.mp4", "a.png"), ("b.mp4", "a.png"), ("a.mp4", "gone.png"))
     status, out, _ = check(root)
     assert status == 1
-    assert out.splitlines()[0] == "3 questions, 3 with video, 3 with image; 2 unreadable:"
+    assert out.splitlines()[0] == "3 questions, 3 with video, 3 with image; 2 unreadable"
     first, second = out.splitlines()[1:]
     assert first.startswith("1: ") and "b.mp4" in first and second.startswith("2: ") and "gone.png" in second
 
