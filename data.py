@@ -836,14 +836,10 @@ def is_objects(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def is_id(value: object) -> bool:
-    return type(value) is int or is_text(value)  # not isinstance, because True is an int as well
-
-
 # What a field may hold, and how that is said.
 TEXT, TEXTS = (is_text, "a non-empty string"), (is_texts, "a list of one or more non-empty strings")
 CHOICES = lambda value: is_texts(value) and 2 <= len(value) <= 5, "a list of 2 to 5 non-empty strings"
-ID = is_id, "an integer or a non-empty string"
+ID = lambda value: type(value) is int or is_text(value), "an integer or a non-empty string"
 
 
 def field(record: dict, name: str, holds, wanted: str, optional: bool = False):

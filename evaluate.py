@@ -111,9 +111,8 @@ def answered_before(output_dir: Path) -> list[dict]:
     # Without a last line that a kill has torn, and once each: it may have come before the files below were removed.
     records = {(r["file"], r["sample_id"]): r for r in map(json.loads, lines)}.values()
     write_whole(output_dir / "samples_rank0.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for path in files:
-        if path.name != "samples_rank0.jsonl":
-            path.unlink()
+    for path in {*files} - {output_dir / "samples_rank0.jsonl"}:
+        path.unlink()
     return list(records)
 
 
@@ -270,15 +269,16 @@ def main(args: Args) -> list[dict]:
     output_dir, runtime.HERE.phase = open_folder(args), "answering"
     before = [runtime.on_rank_0(answered_before, output_dir)]
     dist.broadcast_object_list(before)
+    asked = {(file, question.id) for file, dataset in datasets.items() for question in dataset.questions}
+    before[0] = [r for r in before[0] if (r["file"], r["sample_id"]) in asked]  # all, but for a --change
     records = [record for file, dataset in datasets.items() for record in answer_file(
         file, dataset, sampler, args, rank, world_size, before[0], output_dir / f"samples_rank{rank}.jsonl")]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
     if rank != 0:
         return []
-    order = {file: i for i, file in enumerate(args.eval_files)}
     records = [record for share in (*before, *gathered) for record in share]
-    records.sort(key=lambda r: (order[r["file"]], r["sample_id"]))
+    records.sort(key=lambda r: (args.eval_files.index(r["file"]), r["sample_id"]))
     # Before anything can go wrong with the numbers.
     write_whole(output_dir / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for path in output_dir.glob("samples_rank*.jsonl"):
@@ -287,7 +287,7 @@ def main(args: Args) -> list[dict]:
     table = summarise(records, args.video)
     compared = {}
     if args.compare:  # the run that saw its videos comes first
-        sides = [(records, vars(args)), ([r for r in other if r["file"] in order], other_settings)]
+        sides = [(records, vars(args)), ([r for r in other if r["file"] in datasets], other_settings)]
         if args.video != "full" and other_settings["video"] == "full":
             sides.reverse()
         (records_a, settings_a), (records_b, settings_b) = sides
@@ -296,7 +296,7 @@ def main(args: Args) -> list[dict]:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     results = {"settings": vars(args), "device": str(device), "world_size": world_size, "versions": versions,
                "table": table, "compared": compared}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(output_dir / "results.json", json.dumps(results, indent=1) + "\n")
     print_table(table)
     if compared:
         print_comparison(**compared)

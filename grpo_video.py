@@ -115,9 +115,6 @@ class Rollout:
     ended: Tensor  # (N,) bool; False: cut off at max_completion_length
     sampler_logps: Tensor  # (N, C), at least float32: the sampler's own, for the metric sampler_gap alone
 
-    def examples_of(self, rows: Tensor) -> list[Example]:
-        return [self.examples[b] for b in (rows // self.group_size).tolist()]
-
 
 def sample_groups(sampler, examples: list[Example], step: int, args: Args, end_ids: Tensor, banned_ids: Tensor,
                   caches: dict | None = None) -> Rollout:
@@ -197,10 +194,8 @@ def completion_logps(model, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Ten
     # The prompts that these rows continue, each once.
     prompts, row_prompt = (rows // rollout.group_size).unique(return_inverse=True)
     batch = collate_prompts([rollout.examples[b] for b in prompts.tolist()], rows.device)
-    logps, entropy = model(batch, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows],
-                           rollout.temperature, rollout.banned_ids)
-    runtime.require_finite("log-probs", logps, rollout.examples_of(rows))
-    return logps, entropy
+    return model(batch, row_prompt, rollout.completion_ids[rows], rollout.completion_mask[rows], rollout.temperature,
+                 rollout.banned_ids)
 
 
 @torch.no_grad()
@@ -335,7 +330,7 @@ def main(args: Args) -> Path:
                 # 5 objective, 6 KL
                 token_loss, kl, clipped = grpo_token_loss(logps, old, ref, advantages[rows], args.clip_low,
                                                           args.clip_high, args.kl_coef)
-                runtime.require_finite("loss", token_loss, rollout.examples_of(rows))
+                runtime.require_finite("log-probs or loss", token_loss, [answers[n][1] for n in rows.tolist()])
                 loss = (token_loss * token_weight[rows]).sum()
                 # FSDP averages gradients over ranks; token weights already hold the global denominator, so undo that.
                 (loss * world_size).backward()

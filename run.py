@@ -32,7 +32,7 @@ from tqdm import tqdm
 import runtime
 from data import Example
 from model import Policy
-from runtime import CURE, DTYPES, HERE, SIGNALS, STOPPED, TrainArgs, on_rank_0
+from runtime import DTYPES, HERE, SIGNALS, STOPPED, TrainArgs, on_rank_0
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run, which goes from step to step.
@@ -45,7 +45,7 @@ class Run:
         self.args, self.policy, self.optimizer, self.device = args, policy, optimizer, device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.output_dir = open_folder(args)
-        require_space(self.output_dir, policy)
+        on_rank_0(require_space, self.output_dir, policy)
         self.first_step = load_checkpoint(self.output_dir, policy, optimizer) if args.resume else 0
         self.seen = self.skipped = 0  # questions of all ranks; steps without any that could be read
         self.unreadable, self.bad = [], [0]  # questions of this rank with their errors; how many on each rank
@@ -56,8 +56,9 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter  # only here: it needs a package that nothing else does
             self.tensorboard = SummaryWriter(str(self.output_dir), purge_step=self.first_step)
         # Handlers that do nothing: `watch` hears the signals, and the run stops at the end of a step.
+        HERE.signalled = None
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        HERE.signalled, HERE.timeout_s = None, 60 * args.timeout_minutes if self.ranks > 1 else math.inf
+        HERE.timeout_s = 60 * args.timeout_minutes if self.ranks > 1 else math.inf
         dist.barrier()  # still with the hour that loading may take
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=args.timeout_minutes))
 
@@ -125,7 +126,7 @@ class Run:
                    **{f"{name}_s": seconds for name, seconds in self.seconds.items()}}
         verdict = health(metrics, signs)
         if verdict.startswith("not finite"):
-            raise FloatingPointError(f"{verdict}; {CURE}")
+            raise FloatingPointError(f"{verdict}")
         if self.rank == 0:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics, allow_nan=False) + "\n")
@@ -143,6 +144,7 @@ class Run:
         if self.seen and sum(self.bad) == self.seen:
             self.give_up()
         HERE.phase, HERE.since = "export", runtime.clock()
+        dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))  # rank 0 writes the model, and the others wait
         on_rank_0(report, self.output_dir)
         runtime.export(self.policy, tokenizer, self.args.model, self.output_dir / "final")
         for number, handler in self.handlers.items():
@@ -218,14 +220,16 @@ def open_folder(args) -> Path:
     another process writes there, if files there are not a run's, or if the resumed run would be another one.
     """
     on_rank_0(claim_folder, args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # on nodes that do not share their files
     return Path(args.output_dir)
 
 
 def claim_folder(args) -> None:
     """`open_folder` on rank 0."""
     folder, settings = Path(args.output_dir), Path(args.output_dir) / "args.json"
-    files = [args.train_file, *args.leave_out] if isinstance(args, TrainArgs) else args.eval_files
-    now = {**vars(args), "sha256": {file: sha256(Path(args.data_root) / file) for file in files}}
+    of_root, files = ([args.train_file], args.leave_out) if isinstance(args, TrainArgs) else (args.eval_files, [])
+    files = [*(Path(args.data_root) / file for file in of_root), *files]
+    now = {**vars(args), "sha256": {str(file): sha256(file) for file in files}}
     found = sorted(folder.iterdir()) if folder.exists() else []
     begun = [path for path in found if path.name not in ("lock", "args.json.part")]
     before = read_settings(settings) if args.resume and begun else None
@@ -236,7 +240,7 @@ def claim_folder(args) -> None:
         take_lock(folder)
     if before is not None:
         check_resumed(before, now, settings)
-    elif settings.exists():
+    elif settings in found:
         if Path(args.model).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--model {args.model} lies in --output_dir {folder}, which is about to be moved aside; "
                              "give another")
@@ -314,7 +318,7 @@ def require_space(output_dir: Path, policy: Policy) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < need:
         raise OSError(f"{output_dir}: a checkpoint needs {need / 1e9:.2f} GB of disk space and {free / 1e9:.2f} GB are "
-                      "free; make room, or lower --keep_checkpoints, and resume")
+                      "free; make room (an older checkpoint may go), and resume")
 
 
 def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int) -> None:
@@ -328,8 +332,8 @@ def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torc
     broken = torch.stack([~x.isfinite().all() for x in tensors]).sum().to(next(policy.parameters()).device)
     dist.all_reduce(broken)
     if broken:
-        raise FloatingPointError(f"the weights are not finite, so they were not saved; {CURE}")
-    require_space(output_dir, policy)
+        raise FloatingPointError("the weights are not finite, so they were not saved")
+    on_rank_0(require_space, output_dir, policy)
     folder = output_dir / "checkpoints" / f"step_{step:06d}"
     on_rank_0(shutil.rmtree, folder, True)  # what a save that was killed has left
     dcp.save({"model": dcp_state.get_model_state_dict(policy),
@@ -344,26 +348,22 @@ def seal_checkpoint(folder: Path, digests: dict[str, str], keep: int) -> None:
     """Writes SHA256SUMS, which makes a checkpoint whole (`sha256sum -c` reads it too), then removes older ones."""
     digests[".metadata"] = sha256(folder / ".metadata")
     write_whole(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-    # Later ones are damaged, or the run would have gone on from there.
-    for old in sorted(path for path in folder.parent.glob("step_*") if path <= folder)[:-keep]:
-        shutil.rmtree(old)
+    newest = sorted(path.parent for path in folder.parent.glob("step_*/SHA256SUMS"))[-keep:]
+    for old in folder.parent.glob("step_*"):
+        if old not in newest:
+            shutil.rmtree(old, ignore_errors=True)  # if it cannot go now, the next save tries again
 
 
-def checkpoint_files(folder: Path) -> list[tuple[Path, str]]:
-    """(file, its checksum) for each file of a checkpoint; ValueError if its save was cut short."""
+def damage(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
     try:
-        lines = (folder / "SHA256SUMS").read_text().splitlines()
-        return [(folder / name, digest) for digest, name in (line.split("  ") for line in lines)]
-    except (OSError, ValueError):
-        return [(folder / "SHA256SUMS", "")]
-
-
-def damage_of(file: tuple[Path, str]) -> str:
-    """What is wrong with a file of a checkpoint, or ""."""
-    path, digest = file
-    if not path.exists():
-        return f"{path.name} is missing"
-    return "" if sha256(path) == digest else f"{path.name} is not what was written"
+        sums = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+        if sums[-1][1] != ".metadata":  # which comes last
+            return ["SHA256SUMS is cut short"]
+        return [f"{name} is not what was written" for digest, name in sums[rank::ranks]
+                if sha256(folder / name) != digest]
+    except (OSError, ValueError, IndexError) as error:
+        return [str(error) or "SHA256SUMS is empty"]
 
 
 def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
@@ -373,16 +373,19 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Opt
     shared file system). Load only checkpoints that you trust: the format holds pickles, so a checkpoint folder is code.
     """
     rank, ranks, step = dist.get_rank(), dist.get_world_size(), 0
-    folders = sorted((output_dir / "checkpoints").glob("step_*"), reverse=True)
+    # Without sums it is a save that was cut short. All ranks go by what rank 0 sees.
+    sealed = [sorted((path.parent for path in output_dir.glob("checkpoints/step_*/SHA256SUMS")), reverse=True)]
+    dist.broadcast_object_list(sealed)
+    folders, damaged = sealed[0], []
     for folder in folders:
-        damage = [None] * ranks
-        dist.all_gather_object(damage, [damage_of(file) for file in checkpoint_files(folder)[rank::ranks]])
-        found = [text for part in damage for text in part if text]
-        if not found:
+        found = [None] * ranks
+        dist.all_gather_object(found, damage(folder, rank, ranks))
+        if not sum(found, []):
             step = int(folder.name.removeprefix("step_"))
             break
+        damaged.append(folder)
         if rank == 0:
-            print(f"{folder} is damaged: {'; '.join(found)}")
+            print(f"{folder} is damaged: {'; '.join(sum(found, []))}")
     if folders and not step:
         raise ValueError(f"--resume: no whole checkpoint in {output_dir / 'checkpoints'}; begin anew, without --resume")
     if rank == 0:
@@ -393,6 +396,8 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Opt
         dcp.load(state, checkpoint_id=folder)
         dcp_state.set_model_state_dict(policy, state["model"])
         dcp_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+        for path in damaged:  # from now on it counts for none of the newest
+            (path / "SHA256SUMS").unlink(missing_ok=True)
     on_rank_0(forget_after, output_dir, step)
     return step
 
@@ -412,8 +417,10 @@ def forget_after(output_dir: Path, step: int) -> None:
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """A checkpoint of a run, while it goes on or after, as a Hugging Face folder, by one process on a CPU."""
     settings = read_settings(checkpoint.parent.parent / "args.json")
-    if problem := "; ".join(filter(None, map(damage_of, checkpoint_files(checkpoint)))):
-        raise ValueError(f"{checkpoint}: {problem}")
+    if problems := damage(checkpoint):
+        raise ValueError(f"{checkpoint}: {'; '.join(problems)}")
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; give another folder")
     dtype = DTYPES[settings["dtype"]]
     config, masters = runtime.load_config(settings["model"]), torch.promote_types(dtype, torch.float32)
     qwen = runtime.empty_qwen(config, masters, torch.device("cpu"))

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp_state
 import transformers
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -122,7 +123,7 @@ class TrainArgs(RunArgs):
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     save_every: int = arg(100, "checkpoint every so many steps; 0: only when stopped by a signal", least=0)
     keep_checkpoints: int = arg(2, "the newest so many stay", least=1)
-    max_bad_frac: float = arg(0.05, "end the run when more of 200 or more questions are unreadable", least=0, most=1)
+    max_bad_frac: float = arg(0.05, "end the run when more of its questions, of 200 at least, are bad", least=0, most=1)
     timeout_minutes: float = arg(15.0, "end the run when a rank waits longer than this for another", least=0.01)
     tensorboard: bool = arg(False, "also write the metrics for tensorboard, which has to be installed, to output_dir")
 
@@ -205,15 +206,15 @@ def setup() -> tuple[int, int, torch.device]:
 def on_rank_0(function, *args):
     """Its result on rank 0, None elsewhere; its error is raised on every rank, so that none waits for another.
     Collective."""
-    result, error = None, [None]
+    result, raised, message = None, None, [""]
     if dist.get_rank() == 0:
         try:
             result = function(*args)
-        except Exception as raised:
-            error = [raised]
-    dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+        except Exception as error:
+            raised, message = error, [f"{type(error).__name__} of rank 0: {error}"]
+    dist.broadcast_object_list(message)
+    if message[0]:
+        raise raised or ValueError(message[0])
     return result
 
 
@@ -240,7 +241,7 @@ def clock() -> float:
 STOPPED = 75  # exit status of a run that a signal has stopped: "temporary failure, try again" (sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CURE = "resume from the last checkpoint with a lower rate: --resume --change learning_rate --learning_rate ..."
-# What this process is at, for whoever looks for a fault: `Run` writes it.
+# What this process is at: `Run` writes it, `where` and `watch` read it.
 HERE = SimpleNamespace(step=None, phase="loading", since=time.perf_counter(), timeout_s=math.inf, signalled=None)
 
 
@@ -256,12 +257,13 @@ def launch(main, args_class, toy: dict) -> None:
         main(parse_args(args_class, toy))
     except KeyboardInterrupt:
         leave(f"interrupted ({where()})", 130)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter, of torch's saves, is no Exception
         place = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(place.filename).parent == Path(__file__).parent
         if not (ours and isinstance(error, (ValueError, ArithmeticError, OSError))):
             traceback.print_exc()
-        leave(f"{type(error).__name__} ({where()}, {Path(place.filename).name}:{place.lineno}): {error}", 1)
+        cure = f"; {CURE}" if isinstance(error, FloatingPointError) and issubclass(args_class, TrainArgs) else ""
+        leave(f"{type(error).__name__} ({where()}, {Path(place.filename).name}:{place.lineno}): {error}{cure}", 1)
     dist.destroy_process_group()
 
 
@@ -282,14 +284,14 @@ def require_finite(what: str, values: Tensor, examples: list[Example]) -> None:
     bad = (~values.isfinite()).any(dim=1).nonzero()[:, 0].tolist()  # CPU-GPU sync
     if bad:
         ids = sorted({examples[n].question.id for n in bad})
-        raise FloatingPointError(f"{what} of question {', '.join(ids)} are not finite; {CURE}")
+        raise FloatingPointError(f"{what} of question {', '.join(ids)} are not finite")
 
 
 def watch(pipe: int) -> None:
     """A thread for what the main one does not see while it computes or waits for another rank.
 
     A second signal ends the process at once. So does the death of its torchrun: it would go on beside the run that
-    takes its place. A phase that is about to time out is named, by every rank but the one that hangs.
+    takes its place. A phase that is about to time out is named.
     """
     parent, named = os.getppid(), None
     while True:
@@ -535,7 +537,7 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, 
     """
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm or math.inf).full_tensor().item()
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm is {norm}; {CURE}")
+        raise FloatingPointError(f"the gradient norm is {norm}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -301,8 +301,8 @@ def halve(file):
 
 DAMAGE = {"a bit of the data": ("*.distcp", flip), "half of the data": ("*.distcp", halve),
           "half of .metadata": (".metadata", halve), "no data": ("*.distcp", Path.unlink),
-          "no .metadata": (".metadata", Path.unlink), "no sums": ("SHA256SUMS", Path.unlink),
-          "half of the sums": ("SHA256SUMS", halve)}
+          "no .metadata": (".metadata", Path.unlink), "empty sums": ("SHA256SUMS", lambda file: file.write_text("")),
+          "half of the sums": ("SHA256SUMS", lambda file: file.write_text(file.read_text().split("\n")[0] + "\n"))}
 
 
 def damage(checkpoint, kind):
@@ -412,6 +412,23 @@ def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(run, trained, monkeypatc
     assert same_weights(run, trained) and checkpoints(run)[-1] == "step_000008"
 
 
+def test_a_kill_inside_the_first_save_is_no_reason_to_refuse(trained, tmp_path, capfd):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    for folder in (run / "checkpoints").iterdir():  # as they are before they are sealed
+        (folder / "SHA256SUMS").unlink()
+    sft(run, resume=True, save_every=0)
+    assert "no checkpoint yet" in capfd.readouterr().out and same_weights(run, trained)
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(trained, tmp_path, capfd):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    for step in (7, 8):
+        damage(run / f"checkpoints/step_{step:06d}", "a bit of the data")
+    sft(run, resume=True, save_every=7, keep_checkpoints=2)
+    assert "resuming after step 6" in capfd.readouterr().out
+    assert checkpoints(run) == ["step_000006", "step_000007"]  # 7 was damaged, and is saved anew
+
+
 @pytest.mark.parametrize("what, value", [
     ("weight", float("nan")), ("exp_avg", float("nan")),
     ("exp_avg_sq", float("inf"))])
@@ -427,7 +444,7 @@ def test_a_broken_model_never_replaces_a_good_checkpoint(run, monkeypatch, capfd
 
     with monkeypatch.context() as patch:
         at_update(patch, 1, spoil)
-        with pytest.raises(FloatingPointError, match="not finite.*--change learning_rate"):
+        with pytest.raises(FloatingPointError, match="not finite"):
             sft(run, resume=True, keep_checkpoints=1)
     assert contents(run / "checkpoints") == before
     if what == "weight":  # the way on that the error names
@@ -503,6 +520,19 @@ def test_a_training_file_that_was_edited_is_another_run(tmp_path, world):
     sft(tmp_path / "run", train_file=str(file), max_steps=1, save_every=0, resume=True)
 
 
+def test_what_is_left_out_is_named_from_here_and_may_not_change_either(tmp_path, questions, monkeypatch):
+    records = [{"sample_id": q.id, "video": q.video.name if q.video else "", "image": q.image.name, "correct": True}
+               for q in questions[:3]]
+    lines = [json.dumps(record) + "\n" for record in records]
+    (tmp_path / "blind.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    left_out = dict(leave_out=["blind.jsonl"], max_steps=1, save_every=1)
+    grpo(tmp_path / "run", **left_out)
+    (tmp_path / "blind.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(ValueError, match="blind.jsonl was another file"):
+        grpo(tmp_path / "run", **left_out, resume=True)
+
+
 def test_flags_change_only_by_name(run, trained, capfd):
     other = dict(resume=True, max_steps=9, learning_rate=1e-4)
     with pytest.raises(ValueError, match=r"--learning_rate 0.0001 \(it was 0.001\), --max_steps 9 \(it was 8\)"
@@ -574,6 +604,9 @@ def test_a_checkpoint_becomes_a_model_without_a_process_group(trained, tmp_path)
     command = [sys.executable, hook, "run.py", str(trained / "checkpoints/step_000008"), str(tmp_path / "step_8")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert contents(tmp_path / "step_8") == contents(trained / "final")
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 1 and again.stderr.strip().endswith("is there already; give another folder")
     assert contents(tmp_path / "step_8") == contents(trained / "final")
     command[-2:] = [str(trained / "checkpoints/step_000002"), str(tmp_path / "step_2")]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=240)
@@ -801,7 +834,7 @@ NAN, INF = float("nan"), float("inf")
 NOT_FINITE = {  # what -> (how it comes about, the phase in which it is found, what the error says)
     "the sampler": (nan_in_the_sampler, "rollout", "sampler's log-probs of question {}"),
     "log-probs": (spoilt_by(model.Policy, "forward", lambda found: (found[0] * NAN, found[1])),
-                  "update", "log-probs of question {}"),
+                  "update", "log-probs or loss of question {}"),
     "advantages": (spoilt_by(grpo_video, "group_advantages", lambda found: found * NAN),
                    "update", "loss of question {}"),
     "loss with a finite gradient": (
@@ -819,7 +852,7 @@ def test_a_number_that_is_not_finite_ends_the_run_with_its_place(tmp_path, monke
     spoil, phase, message = NOT_FINITE[what]
     with monkeypatch.context() as patch:
         spoil(patch)
-        with pytest.raises(FloatingPointError, match="--change learning_rate") as error:
+        with pytest.raises(FloatingPointError) as error:
             grpo(tmp_path, learn_flat_groups=True, max_steps=2, save_every=1 if what == "gradient" else 0)
     ids = questions_of_step(1, questions)
     found = re.search(message.format(r"([\w, -]+)"), str(error.value))
@@ -864,7 +897,8 @@ model.Policy.forward = spoilt""")
     assert process.finish() == 1
     summary = process.text()[process.text().index("Root Cause"):]
     name = questions_of_step(1, questions)[1]
-    assert re.search(rf"FloatingPointError \(rank 1, step 1, update, .*log-probs of question {name} are not", summary)
+    assert re.search(rf"FloatingPointError \(rank 1, step 1, update, .*log-probs or loss of question {name} are not "
+                     "finite; resume .*--change learning_rate", summary)
     assert [m["step"] for m in json_lines(folder / "metrics.jsonl")] == [0] and checkpoints(folder) == ["step_000001"]
 
 
