@@ -13,7 +13,8 @@ random (or another control) and --compare the two.
 
 Written to --output_dir:
     results.json     every setting, library versions and the table, as numbers
-    samples.jsonl    one line per question: response, parsed letter, gold, ...: from it any number can be computed
+    samples.jsonl    one line per question: response, parsed letter, gold, ...: from it any number can be computed; as
+                     they come in samples_rank0.jsonl and so on, where --resume goes on
 
 References: SEED-Bench-R1, arXiv 2503.24376, tables 1 and 2. Wilson (1927) for the interval of a proportion. McNemar
 (1947) for two models on the same questions, Agresti and Min (2005) for the interval of their difference. LongVideoBench
@@ -92,9 +93,9 @@ def answer_file(file: str, dataset: VideoDataset, sampler, args: Args, rank: int
     records = []
     for examples in make_loader(dataset, batches, args.num_workers):
         readable = [example for example in examples if not example.error]
-        answered = iter(answer(readable, dataset.tokenizer, sampler, args))
+        answers = iter(answer(readable, dataset.tokenizer, sampler, args))
         for example in examples:
-            response, length, truncated = ("", 0, False) if example.error else next(answered)
+            response, length, truncated = ("", 0, False) if example.error else next(answers)
             records.append({"file": file, **make_record(example, response, length, truncated, args)})
         with open(output, "a") as stream:
             stream.writelines(json.dumps(record) + "\n" for record in records[-len(examples):])

@@ -304,7 +304,7 @@ def main(args: Args) -> Path:
             print_completion(answers, rewards.flatten(), advantages, step, args, run.output_dir / "completions.txt")
 
         # Sums of the whole step, over all ranks; the denominators of the loss are among them.
-        totals = run.sum({
+        totals = run.sum_over_ranks({
             "prompts": len(readable), "completions": len(answers), "tokens": rollout.lengths.sum(),
             "learned_tokens": rollout.lengths[learned].sum(), "flat_groups": flat.sum(),
             **rollout_sums(rollout, answers, rewards, terms)})
@@ -340,13 +340,14 @@ def main(args: Args) -> Path:
                     sums[name] += value[mask].sum()
                 if update == 0:  # later the two differ because the policy has moved
                     sums["sampler_gap"] += (logps.detach() - rollout.sampler_logps[rows])[mask].abs().sum()
-            # 7 update: clip the gradient, AdamW, clear the gradient
+            # 7 update
             # ABLATE: schedule. Linear to 0, as published. For a warm-up, lr *= min(1, (step + 1) / warmup_steps).
             lr = args.learning_rate * (1 - (step * args.num_updates + update) / (num_steps * args.num_updates))
             grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm)
         runtime.copy_weights(policy, sampler)
-        metrics = step_metrics(totals, run.sum(sums), terms, grad_norm, lr, args)
-        run.log(metrics, totals["tokens"], *progress_line(metrics))
+        metrics = step_metrics(totals, run.sum_over_ranks(sums), terms, grad_norm, lr, args)
+        line, signs = progress_line(metrics)
+        run.log(metrics, totals["tokens"], line, signs)
 
     return run.finish(tokenizer)
 

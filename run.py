@@ -49,6 +49,7 @@ class Run:
         self.first_step = load_checkpoint(self.output_dir, policy, optimizer) if args.resume else 0
         self.seen = self.skipped = 0  # questions of all ranks; steps without any that could be read
         self.unreadable, self.bad = [], [0]  # questions of this rank with their errors; how many on each rank
+        self.stop, self.logged, self.bad_before, self.seconds = False, False, 0, {}  # of the step
         self.progress = tqdm(total=num_steps, initial=self.first_step, desc=Path(sys.argv[0]).stem, dynamic_ncols=True,
                              disable=self.rank > 0)
         self.tensorboard = None
@@ -97,8 +98,8 @@ class Run:
                 tqdm.write(f"step {HERE.step}: left out {self.unreadable[-1]}")
         return [example for example in examples if not example.error]
 
-    def sum(self, values: dict) -> dict[str, float]:
-        """`sum_over_ranks`; what all ranks must agree on travels along: how much is unreadable, and whether to stop."""
+    def sum_over_ranks(self, values: dict) -> dict[str, float]:
+        """That of runtime.py, and with it what all ranks must agree on: how much is unreadable, and whether to stop."""
         bad = {f"unreadable {rank}": len(self.unreadable) * (rank == self.rank) for rank in range(self.ranks)}
         total = runtime.sum_over_ranks({**values, **bad, "stop": HERE.signalled is not None}, self.device)
         self.bad, self.stop = [int(total.pop(name)) for name in bad], total.pop("stop") > 0

@@ -104,7 +104,7 @@ def main(args: Args) -> Path:
         responses = [encode_response(tokenizer, example.question.response) for example in readable]
 
         # The sums of the whole step, the denominator of the loss among them, fixed before the first backward.
-        totals = run.sum({"tokens": sum(len(ids) for ids in responses)})
+        totals = run.sum_over_ranks({"tokens": sum(len(ids) for ids in responses)})
         if totals["tokens"] == 0:
             continue  # nothing could be read on any rank
 
@@ -126,7 +126,7 @@ def main(args: Args) -> Path:
         # 7 update
         lr = learning_rate_at(step, num_steps, args.learning_rate, args.warmup_ratio)
         grad_norm = runtime.optimizer_step(policy, optimizer, lr, args.max_grad_norm)
-        metrics = {**run.sum(sums), "grad_norm": grad_norm, "lr": lr}
+        metrics = {**run.sum_over_ranks(sums), "grad_norm": grad_norm, "lr": lr}
         run.log(metrics, totals["tokens"], f"loss {metrics['loss']:.3f} grad {grad_norm:.2f} lr {lr:.1e}", signs={})
 
     return run.finish(tokenizer)
