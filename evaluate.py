@@ -267,18 +267,19 @@ def main(args: Args) -> list[dict]:
             print(f"{file}: {dataset.describe_prompt()}")
 
     sampler = runtime.load_sampler(args, device)  # a copy on every rank: no process waits for another while it decodes
-    output_dir, runtime.HERE.phase = open_folder(args), "answering"
-    before = [runtime.on_rank_0(answered_before, output_dir)]
-    dist.broadcast_object_list(before)
+    output_dir = open_folder(args)
+    runtime.HERE.phase = "answering"
+    found = [runtime.on_rank_0(answered_before, output_dir)]
+    dist.broadcast_object_list(found)
     asked = {(file, question.id) for file, dataset in datasets.items() for question in dataset.questions}
-    before[0] = [r for r in before[0] if (r["file"], r["sample_id"]) in asked]  # all, but for a --change
+    before = [r for r in found[0] if (r["file"], r["sample_id"]) in asked]  # all, but for a --change
     records = [record for file, dataset in datasets.items() for record in answer_file(
-        file, dataset, sampler, args, rank, world_size, before[0], output_dir / f"samples_rank{rank}.jsonl")]
+        file, dataset, sampler, args, rank, world_size, before, output_dir / f"samples_rank{rank}.jsonl")]
     gathered = [None] * world_size if rank == 0 else None
     dist.gather_object(records, gathered)
     if rank != 0:
         return []
-    records = [record for share in (*before, *gathered) for record in share]
+    records = [record for share in (before, *gathered) for record in share]
     records.sort(key=lambda r: (args.eval_files.index(r["file"]), r["sample_id"]))
     # Before anything can go wrong with the numbers.
     write_whole(output_dir / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))

@@ -22,7 +22,7 @@ their tokens. In each function they count what that function sees (this rank's, 
 Elsewhere: how a video becomes tokens, `VideoDataset.__getitem__` in data.py, then `embed_prompts` in model.py; which
 answer is right, `grade` in data.py; which tokens end a completion, `end_token_ids` in model.py; log-probs, `Policy` in
 model.py; one token after another, and where another engine goes, `generate` in sampler.py; sharding, `shard` in
-runtime.py.
+runtime.py; folder, log, checkpoints and signals, `Run` in run.py.
 
 Where this departs from the published SEED-Bench-R1 run, and why:
     1. The ratio and its clip are there. The release has neither, and one update per rollout, where the ratio is 1 and

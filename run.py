@@ -126,8 +126,8 @@ class Run:
                    "tokens_per_s": tokens / step_s, "step_s": step_s,
                    **{f"{name}_s": seconds for name, seconds in self.seconds.items()}}
         verdict = health(metrics, signs)
-        if verdict.startswith("not finite"):
-            raise FloatingPointError(f"{verdict}")
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(verdict)
         if self.rank == 0:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics, allow_nan=False) + "\n")
@@ -206,7 +206,7 @@ def report(output_dir: Path) -> None:
 # Flags that may differ between a run and its resumption; any other would make it another run.
 FREE_ON_RESUME = {"output_dir", "resume", "change", "num_workers", "print_every", "save_every", "keep_checkpoints",
                   "micro_batch_size", "rollout_prompts", "batch_size", "gradient_checkpointing", "frame_cache", "naive",
-                  "cuda_graph", "tensorboard", "max_bad_frac", "timeout_minutes"}
+                  "cuda_graph", "tensorboard", "max_bad_frac", "timeout_minutes", "compare"}
 # What a run writes. A folder with anything else in it is never moved, but for evaluations inside that of their model.
 OWN = re.compile(r"(lock|args\.json|metrics\.jsonl|completions\.txt|report\.json|checkpoints|final|results\.json|"
                  r"samples(_rank\d+)?\.jsonl|events\.out\.tfevents.*)(\.part)?")
@@ -228,8 +228,9 @@ def open_folder(args) -> Path:
 def claim_folder(args) -> None:
     """`open_folder` on rank 0."""
     folder, settings = Path(args.output_dir), Path(args.output_dir) / "args.json"
-    of_root, files = ([args.train_file], args.leave_out) if isinstance(args, TrainArgs) else (args.eval_files, [])
-    files = [*(Path(args.data_root) / file for file in of_root), *files]
+    trains = isinstance(args, TrainArgs)
+    files = [Path(args.data_root) / file for file in ([args.train_file] if trains else args.eval_files)]
+    files += args.leave_out if trains else []
     now = {**vars(args), "sha256": {str(file): sha256(file) for file in files}}
     found = sorted(folder.iterdir()) if folder.exists() else []
     begun = [path for path in found if path.name not in ("lock", "args.json.part")]

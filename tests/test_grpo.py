@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from grpo_video import Args, format_reward, group_advantages, grpo_token_loss, token_weights
+from grpo_video import (
+    Args,
+    format_reward,
+    group_advantages,
+    grpo_token_loss,
+    progress_line,
+    step_metrics,
+    token_weights,
+)
 from model import mask_from_lengths
+from run import health
 
 
 def random_batch(seed, N=6, C=5):
@@ -229,3 +238,38 @@ def test_arguments_out_of_range_are_refused(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=f"--{name}.*{value}"):
         Args(**wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Health: the phrase behind the progress line.
+
+HEALTHY = {"reward": 0.5, "group_std": 0.3, "parse_rate": 0.9, "flat_group_frac": 0.3, "completion_length": 25.0,
+           "truncated_frac": 0.0, "loss": 0.0, "grad_norm": 0.3, "lr": 1e-6, "entropy": 0.2, "sampler_gap": 1e-7,
+           "kl": 0.02, "kl_peak": 0.1, "unreadable_frac_worst_rank": 0.0}
+
+
+@pytest.mark.parametrize("changes, phrase", [
+    ({}, "ok"), ({"loss": math.nan}, "not finite: loss"),
+    ({"kl": math.inf, "kl_peak": math.nan}, "not finite: kl, kl_peak"),
+    ({"unreadable_frac_worst_rank": 0.06}, "many unreadable videos"), ({"unreadable_frac_worst_rank": 0.05}, "ok"),
+    ({"parse_rate": 0.4}, "most answers do not parse"), ({"truncated_frac": 0.3}, "completions do not end"),
+    ({"flat_group_frac": 1.0, "grad_norm": 0.0}, "little signal: groups all right or all wrong"),
+    ({"entropy": 0.001}, "entropy collapsed"), ({"sampler_gap": 0.2}, "sampler and learner disagree"),
+    ({"kl_peak": 0.9}, "the KL is that of one token"), ({"kl_peak": 0.9, "kl": 0.001}, "ok"),
+    ({"lr": 0.0}, "nothing is learned: the rate is 0"), ({"grad_norm": 0.0}, "nothing is learned: the gradient is 0")])
+def test_each_sign_of_trouble_has_its_phrase(changes, phrase):
+    metrics = {**HEALTHY, **changes}
+    assert health(metrics, progress_line(metrics)[1]) == phrase
+
+
+@pytest.mark.parametrize("kl", [[[0.5, 0.5], [0.5, 0.5]], [[7.0, 0.0], [0.0, 0.0]], [[0.1, 0.4], [2.0, 0.3]]])
+def test_the_peak_of_the_kl_equals_a_loop(kl):
+    # From the sums of a step as `main` makes them: 1 where one token has it all, 1 / sqrt(n) where n have the same.
+    tokens = [value for row in kl for value in row]
+    totals = dict.fromkeys(("reward", "group_std", "parsed", "flat_groups", "tokens", "truncated"), 1.0)
+    totals |= {"completions": 2, "prompts": 1, "learned_tokens": len(tokens)}
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "sampler_gap"), 0.0)
+    sums |= {"kl": sum(tokens), "kl_squares": sum(value**2 for value in tokens)}
+    metrics = step_metrics(totals, sums, {}, 0.1, 1e-6, Args())
+    assert metrics["kl_peak"] == pytest.approx(math.dist(tokens, [0] * len(tokens)) / sum(tokens))
+    assert metrics["kl"] == pytest.approx(sum(tokens) / len(tokens))
