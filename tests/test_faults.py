@@ -776,8 +776,8 @@ def test_torchruns_summary_has_the_line_of_an_error(tmp_path, world, start):
     assert process.finish() == 1
     summary = process.text()[process.text().index("Root Cause"):]
     assert re.search(r"exitcode\s*: 1 ", summary) and "<N/A>" not in summary
-    assert re.search(r"ValueError \(rank \d, loading, runtime.py:\d+\): (ValueError of rank 0: )?--model \S+: .*input_layernorm",
-                     summary)
+    assert re.search(r"ValueError \(rank \d, loading, runtime.py:\d+\): (ValueError of rank 0: )?"
+                     r"--model \S+: .*input_layernorm", summary)
     assert not (tmp_path / "run").exists()
 
 
