@@ -269,7 +269,7 @@ def main(args: Args) -> Path:
     tokenizer = runtime.load_tokenizer(args.model)
     dataset, num_steps = runtime.load_training_set(args, tokenizer, for_sft=False)
     policy = runtime.load_policy(args, device, naive=args.naive)
-    reference = runtime.load_policy(args, device, frozen=True, naive=args.naive) if args.kl_coef > 0 else None
+    reference = runtime.load_reference(args, policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=args.weight_decay, fused=True)
     run = Run(args, policy, optimizer, num_steps, device)

@@ -26,9 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import lora
 import runtime
 from data import Example
 from model import Policy
@@ -147,7 +149,7 @@ class Run:
         HERE.phase, HERE.since = "export", runtime.clock()
         dist.distributed_c10d._set_pg_timeout(timedelta(hours=1))  # rank 0 writes the model, and the others wait
         on_rank_0(report, self.output_dir)
-        runtime.export(self.policy, tokenizer, self.args.model, self.output_dir / "final")
+        runtime.export(self.policy, tokenizer, self.args, self.output_dir / "final")
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         HERE.step, HERE.phase, HERE.timeout_s = None, "finished", math.inf
@@ -208,7 +210,8 @@ FREE_ON_RESUME = {"output_dir", "resume", "change", "num_workers", "print_every"
                   "micro_batch_size", "rollout_prompts", "batch_size", "gradient_checkpointing", "frame_cache", "naive",
                   "cuda_graph", "tensorboard", "max_bad_frac", "timeout_minutes", "compare"}
 # What a run writes. A folder with anything else in it is never moved, but for evaluations inside that of their model.
-OWN = re.compile(r"(lock|args\.json|metrics\.jsonl|completions\.txt|report\.json|checkpoints|final|results\.json|"
+OWN = re.compile(r"(lock|args\.json|metrics\.jsonl|completions\.txt|report\.json|checkpoints|final|adapters|"
+                 r"results\.json|"
                  r"samples(_rank\d+)?\.jsonl|events\.out\.tfevents.*)(\.part)?")
 LOCKS = []  # open files: what closes them gives the folder free
 
@@ -234,7 +237,8 @@ def claim_folder(args) -> None:
     now = {**vars(args), "sha256": {str(file): sha256(file) for file in files}}
     found = sorted(folder.iterdir()) if folder.exists() else []
     begun = [path for path in found if path.name not in ("lock", "args.json.part")]
-    before = read_settings(settings) if args.resume and begun else None
+    # A flag that is newer than the run has its default there.
+    before = {**vars(type(args)()), **read_settings(settings)} if args.resume and begun else None
     foreign = [path for path in found if not OWN.fullmatch(path.name) and not (path / "args.json").exists()]
     if foreign and before is None:
         raise ValueError(f"--output_dir {folder}: {foreign[0].name} in it was not written by a run; give another")
@@ -316,7 +320,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def require_space(output_dir: Path, policy: Policy) -> None:
     """OSError if a checkpoint (masters and AdamW's two moments) would not fit on the disk."""
-    need = 3 * sum(weight.numel() * weight.element_size() for weight in policy.parameters())
+    need = 3 * sum(weight.numel() * weight.element_size() for weight in policy.parameters() if weight.requires_grad)
     free = shutil.disk_usage(output_dir).free
     if free < need:
         raise OSError(f"{output_dir}: a checkpoint needs {need / 1e9:.2f} GB of disk space and {free / 1e9:.2f} GB are "
@@ -330,20 +334,26 @@ def save_checkpoint(output_dir: Path, step: int, policy: Policy, optimizer: torc
     FloatingPointError, with all checkpoints as they were, if what would be saved is not finite.
     """
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    tensors = [x.to_local() if isinstance(x, DTensor) else x for x in (*policy.parameters(), *moments)]
-    broken = torch.stack([~x.isfinite().all() for x in tensors]).sum().to(next(policy.parameters()).device)
+    masters = [weight for weight in policy.parameters() if weight.requires_grad]
+    tensors = [x.to_local() if isinstance(x, DTensor) else x for x in (*masters, *moments)]
+    broken = torch.stack([~x.isfinite().all() for x in tensors]).sum().to(masters[0].device)
     dist.all_reduce(broken)
     if broken:
         raise FloatingPointError("the weights are not finite, so they were not saved")
     on_rank_0(require_space, output_dir, policy)
     folder = output_dir / "checkpoints" / f"step_{step:06d}"
     on_rank_0(shutil.rmtree, folder, True)  # what a save that was killed has left
-    dcp.save({"model": dcp_state.get_model_state_dict(policy),
-              "optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=folder)
+    dcp.save(learned_state(policy, optimizer), checkpoint_id=folder)
     files = [None] * dist.get_world_size()
     # Each rank reads back what it has written.
     dist.all_gather_object(files, {file.name: sha256(file) for file in folder.glob(f"__{dist.get_rank()}_*")})
     on_rank_0(seal_checkpoint, folder, {name: digest for part in files for name, digest in part.items()}, keep)
+
+
+def learned_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
+    """Masters and optimizer state, each rank its shards, by name. What is frozen is that of --model. Collective."""
+    return {"model": {name: weight.detach() for name, weight in policy.named_parameters() if weight.requires_grad},
+            "optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}
 
 
 def seal_checkpoint(folder: Path, digests: dict[str, str], keep: int) -> None:
@@ -393,10 +403,8 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer: torch.optim.Opt
     if rank == 0:
         print(f"resuming after step {step}" if step else "no checkpoint yet: from the first step")
     if step:
-        state = {"model": dcp_state.get_model_state_dict(policy),
-                 "optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}
-        dcp.load(state, checkpoint_id=folder)
-        dcp_state.set_model_state_dict(policy, state["model"])
+        state = learned_state(policy, optimizer)
+        dcp.load(state, checkpoint_id=folder)  # the masters in place
         dcp_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"])
         for path in damaged:  # from now on it counts for none of the newest
             (path / "SHA256SUMS").unlink(missing_ok=True)
@@ -424,11 +432,17 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} is there already; give another folder")
     dtype = DTYPES[settings["dtype"]]
-    config, masters = runtime.load_config(settings["model"]), torch.promote_types(dtype, torch.float32)
-    qwen = runtime.empty_qwen(config, masters, torch.device("cpu"))
+    masters, rank = torch.promote_types(dtype, torch.float32), settings.get("lora_rank", 0)
+    qwen = runtime.read_qwen(settings["model"], dtype if rank else masters)
+    if rank:
+        lora.add_adapters(qwen, rank, settings["lora_alpha"], masters, settings["seed"])
     state = {"model": {f"qwen.{name}": weight for name, weight in qwen.state_dict().items()}}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    runtime.write_model(qwen.to(dtype), runtime.load_tokenizer(settings["model"]), settings["model"], folder)
+    # What is not in the checkpoint was frozen: it stays as the model has it.
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True, planner=DefaultLoadPlanner(allow_partial_load=True))
+    plain = lora.share(qwen.to(dtype), adapters=False)
+    with torch.no_grad():
+        lora.merge(qwen, plain)
+    runtime.write_model(plain, runtime.load_tokenizer(settings["model"]), settings["model"], folder)
 
 
 if __name__ == "__main__":

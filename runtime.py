@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import cached_file
 
+import lora
 from data import VIDEO, Example, PixelSettings, Question, VideoDataset, leave_out, load_questions
 from model import Policy, use_our_attention
 
@@ -113,6 +114,11 @@ class TrainArgs(RunArgs):
     """What both trainers have in common. All quantities are of the whole step, whatever the number of ranks."""
     train_file: str = arg("annotations/training_6k.jsonl", "under data_root: JSONL or a JSON list")
     leave_out: list[str] = arg([], "samples.jsonl of evaluations of train_file: what all of them got right is left out")
+    # what learns
+    freeze_vision: bool = arg(False, "the vision tower does not learn")
+    lora_rank: int = arg(0, "r of LoRA adapters on the text layers, all else frozen; 0: every weight learns", least=0)
+    lora_alpha: float = arg(32.0, "the adapters' change is weighted by lora_alpha / lora_rank", least=0)
+    # how
     prompts_per_step: int = arg(8, "questions per step over all ranks, a multiple of their number", least=1)
     num_epochs: int = arg(1, "passes over the data when max_steps is 0", least=1)
     max_steps: int = arg(0, "steps to run; 0: num_epochs", least=0)
@@ -375,22 +381,32 @@ def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForCo
 
 
 def shard(policy: Policy, device: torch.device) -> None:
-    """FSDP2 in place: one unit for the vision tower, one per decoder layer, the root last. Collective.
+    """FSDP2 in place: a unit for each layer, of the vision tower first, one for the rest of the tower, the root last.
+    Collective.
 
     Masters keep the dtype they were loaded in (float32: AdamW at lr 1e-6 moves hardly any weight that is stored in
     bf16); weights are cast to the compute dtype when gathered, gradients are reduced in the masters' dtype. Embedding
     and lm_head both stay in the root unit, because in the 2B model they are one tensor.
     """
     qwen, full = policy.qwen, policy.state_dict()
-    master_dtype = next(policy.parameters()).dtype
-    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=master_dtype)
+    masters = [p for p in policy.parameters() if p.requires_grad]
+    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype,
+                                 reduce_dtype=torch.promote_types(policy.compute_dtype, torch.float32))
+    # The tower hands its rotary angles to its layers in float32: cast to bf16, learner and sampler would differ by up
+    # to 0.2 nats a token.
+    uncast = replace(mixed, cast_forward_inputs=False)
     # ABLATE: replicas across nodes: (nodes, ranks per node), mesh_dim_names=("replicate", "shard"); docs/scaling.md.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in (qwen.model.visual, *qwen.model.language_model.layers):
-        fully_shard(unit, mesh=mesh, mp_policy=mixed)
+    whole = set()
+    if lora.adapted(policy):  # The root unit are the adapters; the model is whole on each rank, and gathered never.
+        whole = set(policy.to(device).parameters()) - set(masters)
+    else:
+        for unit in qwen.model.visual.blocks:
+            fully_shard(unit, mesh=mesh, mp_policy=uncast)
+        for unit in (qwen.model.visual, *qwen.model.language_model.layers):
+            fully_shard(unit, mesh=mesh, mp_policy=mixed)
     # The root's weights stay gathered from forward to backward, unless there is no backward that would free them.
-    learns = any(p.requires_grad for p in policy.parameters())
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not learns)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not masters, ignored_params=whole)
     # Until here every rank has sharded its own copy, which is real on rank 0 only.
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(policy, full if dist.get_rank() == 0 else {}, options=options)
@@ -401,12 +417,17 @@ def shard(policy: Policy, device: torch.device) -> None:
 def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = False) -> Policy:
     """The sharded policy of --model, ready to learn: masters in float32 (float64 where that is the compute dtype).
 
-    `frozen` gives a reference that never learns. It is kept in the compute dtype: masters would be cast to it anyway.
-    `naive` runs prompt and completion as padded rows that share only the vision pass.
+    What never learns is kept in the compute dtype, which masters would be cast to anyway: the reference (`frozen`), and
+    with --lora_rank the model. `naive` runs prompt and completion as padded rows that share only the vision pass.
     """
     dtype = DTYPES[args.dtype]
-    qwen = load_qwen(args.model, dtype if frozen else torch.promote_types(dtype, torch.float32))
+    masters = torch.promote_types(dtype, torch.float32)
+    qwen = load_qwen(args.model, dtype if frozen or args.lora_rank else masters)
     qwen.train(not frozen).requires_grad_(not frozen)
+    if args.freeze_vision:
+        qwen.model.visual.requires_grad_(False).to(dtype)
+    if args.lora_rank:
+        lora.add_adapters(qwen, args.lora_rank, args.lora_alpha, masters, args.seed)
     if args.gradient_checkpointing and not frozen:  # keeps one activation per layer, for a third more time
         # The method's new name; transformers 5.17 and older know the other one only.
         enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
@@ -416,6 +437,15 @@ def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = 
     return policy
 
 
+def load_reference(args, policy: Policy, device: torch.device) -> Policy | None:
+    """pi_ref, what the policy was before training; None without KL. With --lora_rank it costs no memory."""
+    if args.kl_coef == 0:
+        return None
+    if args.lora_rank:
+        return Policy(lora.share(policy.qwen, adapters=False), policy.compute_dtype, policy.naive)
+    return load_policy(args, device, frozen=True, naive=policy.naive)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The sampler, and the way from shards to whole weights.
 
@@ -423,14 +453,19 @@ def load_policy(args, device: torch.device, frozen: bool = False, naive: bool = 
 def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None) -> None:
     """Gathers the weights, cast to the compute dtype first (half the traffic), into `target`; None only takes part.
 
-    One all-gather for each unit of `shard`, as in a forward pass: 30 for 7B, not one for each of its 730 parameters.
-    Collective. Writes in place: the sampler's addresses never move.
+    One all-gather for each unit of `shard`, as in a forward pass: 62 for 7B, not one for each of its 730 parameters.
+    Collective. Writes in place: the sampler's addresses never move. A target without adapters gets merged weights.
     """
+    own = {} if target is None else dict(target.named_parameters())
     for unit_name, unit in [item for item in policy.named_modules() if isinstance(item[1], FSDPModule)]:
         unit.unshard()
         for name, weight in unit.named_parameters():
-            if target is not None and not isinstance(weight, DTensor):  # a shard is of a unit inside
-                target.get_parameter(f"{unit_name}.{name}".removeprefix(".").removeprefix("qwen.")).copy_(weight)
+            name = f"{unit_name}.{name}".removeprefix(".").removeprefix("qwen.")
+            # Not a shard, which is of a unit inside; nor what the two share; nor an adapter where the target has none.
+            if not isinstance(weight, DTensor) and own.get(name, weight) is not weight:
+                own[name].copy_(weight)
+        if own and not lora.adapted(target):
+            lora.merge(policy.qwen, target)
         unit.reshard()
 
 
@@ -446,7 +481,7 @@ def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
 
 def make_sampler(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
     """The copy that samples, equal to the policy; `copy_weights` renews it before the next rollout. Collective."""
-    sampler = plain_copy(policy, device)
+    sampler = lora.share(policy.qwen, adapters=True) if lora.adapted(policy) else plain_copy(policy, device)
     copy_weights(policy, sampler)
     return sampler
 
@@ -456,16 +491,21 @@ def load_sampler(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
     return use_our_attention(read_qwen(args.model, DTYPES[args.dtype])).to(device).eval().requires_grad_(False)
 
 
-def export(policy: Policy, tokenizer, source: str, folder: Path) -> None:
+def export(policy: Policy, tokenizer, args, folder: Path) -> None:
     """Writes weights, configs, tokenizer and processor files that `from_pretrained` and other tools can read.
     Collective.
 
-    Weights are saved in the compute dtype, which is what was sampled with. `source` is the --model the run began with:
-    its processor files are copied, since training does not change them.
+    Weights are saved in the compute dtype, which is what was sampled with. The processor files of --model are copied,
+    since training does not change them. Adapters are merged, and kept as they are in a folder beside it, for peft: in
+    the same folder transformers would add them once more.
     """
     whole = plain_copy(policy, torch.device("cpu")) if dist.get_rank() == 0 else None
     copy_weights(policy, whole)
-    on_rank_0(write_model, whole, tokenizer, source, folder)
+    on_rank_0(write_model, whole, tokenizer, args.model, folder)
+    if args.lora_rank:
+        adapters = {name.removeprefix("qwen."): weight.full_tensor().cpu()
+                    for name, weight in policy.named_parameters() if weight.requires_grad}
+        on_rank_0(lora.save_adapters, adapters, args, folder.with_name("adapters"))
 
 
 def write_model(qwen: Qwen2VLForConditionalGeneration, tokenizer, source: str, folder: Path) -> None:

@@ -78,9 +78,9 @@ def memory(s: Shape, W: int, groups: int, together: int = 1) -> dict[str, float]
     """Bytes on a GPU, by part: sharded over W, `groups` decoded together, `together` of them in a micro-batch."""
     total, vision, root = weights(s)
     layer, tokens = (total - vision - root) / s.layers, P + G * C
-    # bf16 weights and gradients of the root until the end, and what comes on top: float32 of the root's gradients, or
-    # the vision tower with both, or a layer with both and the next one's weights.
-    gathered = 4 * root + max(4 * root, 8 * vision, 10 * layer)
+    # bf16 weights and gradients of the root until the end, and what comes on top: float32 of the root's gradients, or a
+    # layer with both and the next one's weights (of the vision tower, too, each layer is gathered by itself).
+    gathered = 4 * root + max(4 * root, 10 * layer)
     saved = 2 * (s.layers * s.D * tokens + s.depth * s.E * IMAGES * PATCHES)  # one activation a layer or block
     layer_at_work = 2 * tokens * (3 * s.F + 8 * s.D) + 2 * 2 * G * (P + C) * s.D  # and its keys, values for every head
     return {"masters, gradients, Adam": 16 * total / W, "sampler": 2 * total, "reference": 2 * total / W,

@@ -329,7 +329,8 @@ def b6(qwen, args):
 def collectives() -> None:
     """On two ranks: how many collectives a rollout takes, whatever its length, and a forward pass of the policy."""
     rank, _, device = setup()
-    policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False), device)
+    policy = load_policy(SimpleNamespace(model=str(toy.BASE), dtype="float32", gradient_checkpointing=False,
+                                         freeze_vision=False, lora_rank=0), device)
     sampler = make_sampler(policy, device)
     _, prompts = make_prompts(sampler, frames=2, length=200)
 

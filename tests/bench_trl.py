@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import datasets
@@ -36,7 +35,7 @@ import runtime  # noqa: E402
 import toy  # noqa: E402
 from bench import count, table_row  # noqa: E402
 from data import Example, patchify, rope_positions  # noqa: E402
-from grpo_video import group_advantages, grpo_token_loss, token_weights  # noqa: E402
+from grpo_video import Args, group_advantages, grpo_token_loss, token_weights  # noqa: E402
 from model import collate_prompts, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, make_sampler, setup  # noqa: E402
 from sampler import generate  # noqa: E402
@@ -78,8 +77,8 @@ def make_qwen(shape: str, dtype: torch.dtype):
 def our_step(examples, shape: str):
     """A call that makes one step of ours, and the two models that take part: the policy and the sampler."""
     device, toy_shape = setup()[2], shape == "toy"
-    args = SimpleNamespace(model=str(toy.BASE), dtype="float32" if toy_shape or device.type != "cuda" else "bfloat16",
-                           gradient_checkpointing=not toy_shape)
+    args = Args(model=str(toy.BASE), dtype="float32" if toy_shape or device.type != "cuda" else "bfloat16",
+                gradient_checkpointing=not toy_shape)
     with mock.patch.object(runtime, "load_qwen", lambda model, dtype: make_qwen(shape, dtype)):
         policy = load_policy(args, device)
     sampler = make_sampler(policy, device)

@@ -217,7 +217,7 @@ def equal_to_generate(qwen, examples, ours, ends, banned) -> int:
 def step_oracle(p, dtype: str) -> None:
     """A step of the toy base (FSDP, its collectives, fused AdamW) against the formulas written out, token by token."""
     G, lr = p.sizes.oracle_G, 1e-4
-    policy = runtime.load_policy(SimpleNamespace(model=str(toy.BASE), dtype=dtype, gradient_checkpointing=True),
+    policy = runtime.load_policy(grpo_video.Args(model=str(toy.BASE), dtype=dtype, gradient_checkpointing=True),
                                  p.device)
     sampler = runtime.make_sampler(policy, p.device)
     low = load("toy", runtime.DTYPES[dtype], p.device)
@@ -516,7 +516,7 @@ def largest(p, what: str) -> None:
     shape, sizes, fitted, peak = p.sizes.step_shape, p.sizes, 0, 0
     with mock.patch.object(runtime, "load_qwen", lambda model, dtype: load(shape, dtype, p.device)):
         dtype = "bfloat16" if p.device.type == "cuda" else "float32"
-        policy = runtime.load_policy(SimpleNamespace(model=str(toy.BASE), dtype=dtype, gradient_checkpointing=True),
+        policy = runtime.load_policy(grpo_video.Args(model=str(toy.BASE), dtype=dtype, gradient_checkpointing=True),
                                      p.device)
     sampler = runtime.make_sampler(policy, p.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)

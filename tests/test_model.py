@@ -30,7 +30,8 @@ from sampler import CapturedCache, GroupCache, completion_text, draw, generate
 
 
 def load_args(**changes):
-    return SimpleNamespace(**{"model": str(toy.BASE), "dtype": "float32", "gradient_checkpointing": False, **changes})
+    return SimpleNamespace(**{"model": str(toy.BASE), "dtype": "float32", "gradient_checkpointing": False, "seed": 0,
+                              "freeze_vision": False, "lora_rank": 0, "lora_alpha": 32.0, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +512,16 @@ def test_sharded_policy_equals_the_plain_model_and_the_sampler_follows_it(qwen, 
     assert addresses == [p.data_ptr() for p in sampler.parameters()]
 
 
+def test_learner_and_sampler_agree_in_bfloat16(tokenizer, ragged, device):
+    # Each FSDP unit may cast what goes into it, such as the rotary angles of the vision tower.
+    policy = load_policy(load_args(dtype="bfloat16"), device)
+    pair = (policy, Policy(make_sampler(policy, device), torch.bfloat16))
+    ids = torch.tensor(tokenizer("<answer>A</answer><|im_end|>")["input_ids"]).expand(4, -1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    learned, sampled = (m(collate_prompts(ragged, device), torch.arange(4), ids, mask)[0].detach() for m in pair)
+    torch.testing.assert_close(learned, sampled, rtol=0, atol=1e-6)
+
+
 def test_gradient_checkpointing_changes_no_gradient(tokenizer, ragged, device):
     plain, recomputing = (load_policy(load_args(gradient_checkpointing=on), device) for on in (False, True))
     losses = [take_a_step(policy, tokenizer, ragged) for policy in (plain, recomputing)]
@@ -535,7 +546,7 @@ def test_export_reloads_with_equal_logits(tmp_path, tokenizer, ragged, device, t
     (source / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor", "mark": 1}')
     policy = load_policy(load_args(model=str(source)), device)
     take_a_step(policy, tokenizer, ragged)
-    export(policy, tokenizer, str(source), tmp_path / "final")
+    export(policy, tokenizer, load_args(model=str(source)), tmp_path / "final")
     sampler = make_sampler(policy, device)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "final", dtype=torch.float32)
     inputs = with_token_types(again, hf_inputs(ragged[1]))
