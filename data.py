@@ -201,6 +201,19 @@ class VideoDataset(torch.utils.data.Dataset):
                        "in all")
 
 
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that there can be: a video of most frames, an image, the longest text.
+
+        No file is opened for it. A video that is shorter than `num_frames` at `fps` makes a shorter one.
+        """
+        texts = [user_text(question.text, build_options(question, self.seed, 0)[0]) for question in self.questions]
+        side, shown = self.settings.image_size // PATCH_SIZE, self.video != "text_only"
+        grids = [torch.tensor([[time, side, side]]) if shown and any(files) else None for time, files in
+                 ((self.settings.num_frames // TEMPORAL_PATCH_SIZE, [question.video for question in self.questions]),
+                  (1, [question.image for question in self.questions]))]
+        return len(encode_prompt(self.tokenizer, max(texts, key=len), *grids))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pixels: which frames are taken, what a control leaves of them, and the patches that Qwen2-VL's vision tower reads.
 

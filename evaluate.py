@@ -262,6 +262,7 @@ def main(args: Args) -> list[dict]:
         questions = load_questions(file, args.data_root)[:args.max_questions or None]
         runtime.check_for_sft(questions, file, for_sft=False)
         datasets[file] = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
+        runtime.check_length(args, datasets[file], args.max_completion_length)
     if rank == 0:
         for file, dataset in datasets.items():
             print(f"{file}: {dataset.describe_prompt()}")

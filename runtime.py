@@ -542,9 +542,21 @@ def load_training_set(args, tokenizer, for_sft: bool) -> tuple[VideoDataset, int
         print(f"!!! {args.train_file} is an evaluation file: it cannot evaluate what was trained on it !!!")
     questions = leave_out(questions, args.leave_out)
     dataset = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
+    longest = max((question.response for question in questions), key=len)
+    check_length(args, dataset, len(tokenizer(longest)["input_ids"]) if for_sft else args.max_completion_length)
     if dist.get_rank() == 0:
         print(f"{args.train_file}: {dataset.describe_prompt()}")
     return dataset, args.max_steps or max(1, args.num_epochs * len(questions) // args.prompts_per_step)
+
+
+def check_length(args, dataset: VideoDataset, completion_length: int) -> None:
+    """ValueError if a prompt with its completion could be longer than what the model was made for."""
+    limit = load_config(args.model).text_config.max_position_embeddings
+    prompt_length = dataset.longest_prompt()
+    if prompt_length + completion_length > limit:
+        raise ValueError(f"--num_frames {args.num_frames} --image_size {args.image_size}: prompts of up to "
+                         f"{prompt_length} tokens, and {completion_length} of a completion, are more than the {limit} "
+                         f"that {args.model} was made for; take fewer frames, or smaller ones")
 
 
 def check_for_sft(questions: list[Question], file: str, for_sft: bool) -> None:

@@ -279,6 +279,36 @@ def test_the_bench_runs(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Length.
+
+def test_the_longest_prompt_is_known_without_reading_a_video(world, tokenizer):
+    questions = load_questions("annotations/training_6k.jsonl", world)[:40]
+    settings = grpo_args("unused").pixel_settings()
+    for video in ("full", "text_only"):
+        dataset = VideoDataset(questions, tokenizer, settings, 0, video)
+        longest = max(len(dataset[0, i].prompt_ids) for i in range(len(questions)))
+        # The text of most letters is not always that of most tokens.
+        assert longest - 4 <= dataset.longest_prompt() <= longest + 4
+    videos = [question for question in questions if question.video]
+    for num_frames, image_size in ((8, 56), (128, 112), (16, 448)):
+        settings = grpo_args("unused", num_frames=num_frames, image_size=image_size).pixel_settings()
+        both = VideoDataset(videos, tokenizer, settings, 0).longest_prompt()
+        none = VideoDataset(videos, tokenizer, settings, 0, "text_only").longest_prompt()
+        assert both - none == (num_frames // 2 + 1) * (image_size // 28) ** 2 + 2 * 2  # and where each begins and ends
+
+
+@pytest.mark.parametrize("main, make_args", [(grpo_video.main, grpo_args), (sft_video.main, sft_args),
+                                             (evaluate.main, lambda *a, **k: eval_args(*a, **k))])
+def test_prompts_longer_than_the_model_allows_are_refused_before_anything_is_loaded(tmp_path, world, main, make_args,
+                                                                                  monkeypatch):
+    monkeypatch.setattr(runtime, "read_qwen", None)
+    # 8 x 256 vision tokens of the video alone, and the toy base was made for 2,048.
+    with pytest.raises(ValueError, match=r"--num_frames 16 --image_size 448: prompts of up to \d+ tokens.*the 2048 "):
+        main(make_args(tmp_path / "run", image_size=448))
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Resume and output folders.
 
 @pytest.mark.parametrize("script, make_args", [(grpo_video, grpo_args), (sft_video, sft_args)])
