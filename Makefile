@@ -1,7 +1,7 @@
 # make test      install into .venv and run the tests
 # make test-slow run the slow ones, three minutes more: the dry run of `make gpu`, the bench, the page of scaling
 # make test-faults   real processes, really killed, stopped and starved, six minutes more
-# make lint      install ruff into .venv and check the style (pyproject.toml)
+# make lint      check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
@@ -23,17 +23,20 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 	$(BIN)/pip install -r requirements.txt
 	touch $@
 
-test: .venv/installed
+.venv/dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install -r requirements-dev.txt
+	touch $@
+
+test: .venv/dev
 	$(BIN)/python -m pytest -q -m "not slow and not faults" tests
 
-test-slow: .venv/installed
+test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow tests
 
-test-faults: .venv/installed
+test-faults: .venv/dev
 	$(BIN)/python -m pytest -q -m faults tests
 
-lint: .venv/installed
-	$(BIN)/pip install -q -r requirements-dev.txt
+lint: .venv/dev
 	$(BIN)/ruff check .
 
 evaluate = $(BIN)/torchrun --standalone evaluate.py --output_dir

@@ -216,7 +216,8 @@ def test_final_is_the_base_and_the_adapters_beside_it(run, tokenizer, ragged):
 
 @pytest.mark.parametrize("script, make_args, changes", [
     (grpo_video, grpo_args, LORA), (sft_video, sft_args, LORA), (grpo_video, grpo_args, dict(freeze_vision=True)),
-    (grpo_video, grpo_args, dict(**LORA, dtype="bfloat16"))])
+    (sft_video, sft_args, dict(freeze_vision=True, dtype="bfloat16", gradient_checkpointing=True)),
+    (grpo_video, grpo_args, dict(**LORA, dtype="bfloat16", gradient_checkpointing=True))])
 def test_a_resumed_run_is_bit_identical(tmp_path, world, script, make_args, changes):
     settings = {**RUN, "lora_rank": 0, **changes}
     final = script.main(make_args(tmp_path, **settings))
