@@ -35,8 +35,9 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.lora_A is None:
             return y
-        # One kernel for scale and sum: a token that is sampled costs little but the launches of its kernels.
-        return torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+        h = F.linear(x, self.lora_A).flatten(0, -2)  # (tokens, r)
+        # Product, scale and sum in one kernel: what an adapter costs a token that is sampled are launches of kernels.
+        return torch.addmm(y.flatten(0, -2), h, self.lora_B.T, alpha=self.scale).view_as(y)
 
     def merged(self) -> Tensor:
         """W + (alpha / r) B A in the dtype of W. Of a change, what is below half a step of that dtype is lost."""

@@ -781,6 +781,19 @@ def test_torchruns_summary_has_the_line_of_an_error(tmp_path, world, start):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_script_does_not_end_by_way_of_the_interpreters_end(tmp_path, world):
+    # There, threads that still need Python abort the process: seen as status -6 of runs that had done all their work.
+    hook = hooked(tmp_path, "import types\nclass Trap:\n    def __del__(self, abort=os.abort):\n        abort()\n"
+                            "sys.modules['late'] = types.ModuleType('late')\nsys.modules['late'].trap = Trap()")
+    (tmp_path / "nothing.py").write_text("")
+    short = ["sft_video.py", *SFT_FLAGS, "--max_steps", "1", "--output_dir"]
+    commands = [tmp_path / "nothing.py"], [*short, tmp_path / "run"], [*short, ""]
+    ended = [subprocess.run([sys.executable, hook, *map(str, command)], cwd=ROOT, capture_output=True, timeout=240)
+             for command in commands]
+    assert [process.returncode for process in ended] == [-signal.SIGABRT, 0, 1], ended
+    assert (tmp_path / "run/final/model.safetensors").exists() and b"name a folder" in ended[2].stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers that are none.
 

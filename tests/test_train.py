@@ -262,8 +262,10 @@ def test_the_report_adds_up_the_metrics(tmp_path, world):
 def test_sampling_touches_no_collective_and_a_rollout_takes_equally_many_whatever_its_length(world):
     counts = json.loads(torchrun("tests/bench.py", 2, "--collectives").splitlines()[-1])["counts"]["ours"]
     assert counts["of these in sampling"] == 0 < counts["in a sharded forward pass"]
-    # The weights are gathered a unit at a time, as in a forward pass: vision, five layers, the rest.
-    assert counts["in a rollout of 32 tokens"] == counts["in a rollout of 64 tokens"] == 7
+    # The weights are gathered a unit at a time, as in a forward pass: the tower's layers and its rest, five layers of
+    # the text model, the root.
+    blocks = json.loads((toy.BASE / "config.json").read_text())["vision_config"]["depth"]
+    assert counts["in a rollout of 32 tokens"] == counts["in a rollout of 64 tokens"] == blocks + 1 + 5 + 1
 
 
 @pytest.mark.slow
