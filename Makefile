@@ -3,7 +3,8 @@
 # make test-faults   real processes, really killed, stopped and starved, six minutes more
 # make lint      check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
-# make results   the README's tables and picture: SFT, GRPO and GRPO on blank videos with three seeds each, and their controls
+# make results   the README's tables and picture: SFT, GRPO, GRPO by LoRA and GRPO on blank videos, three seeds
+#                each, and their controls
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
 #                a Python that has torch for the GPU and the other packages of requirements.txt: nothing is installed
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
@@ -53,7 +54,8 @@ results: .venv/installed
 	$(BIN)/python toy.py --fresh 3
 	for video in full text_only blank random shuffled reversed single_frame; do \
 	$(evaluate) out/results/base/$$video --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done
-	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank"; do set -- $$run; \
+	for seed in $(SEEDS); do for run in "sft sft_video.py" "grpo grpo_video.py" "grpo_blank grpo_video.py --video blank" \
+	"grpo_lora grpo_video.py --lora_rank 16 --learning_rate 1e-3"; do set -- $$run; \
 	name=$$1_seed$$seed; shift; $(BIN)/torchrun --standalone $$@ --seed $$seed --output_dir out/results/$$name || exit 1; \
 	for video in full random; do \
 	$(evaluate) out/results/$$name/$$video --model out/results/$$name/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done; done

@@ -8,6 +8,8 @@ Two copies of the weights, on purpose:
     policy    float32 masters, sharded by FSDP2, computes in bf16 on a GPU (float32 on a CPU). It learns.
     sampler   a plain Hugging Face module in the compute dtype, one whole copy per rank. It only samples.
 
+(With --lora_rank both are one model in the compute dtype, whole on each rank, and masters are the adapters: lora.py.)
+
 A sharded model must not sample token by token: each token would all-gather every layer (about 38 ms a token for 7B on
 an H200, by arithmetic), and ranks whose completions differ in length would wait for each other forever. The sampler
 touches no collective; renewing it once a step costs one all-gather per layer and 2 bytes of memory per weight.
@@ -396,6 +398,7 @@ def shard(policy: Policy, device: torch.device) -> None:
     Masters keep the dtype they were loaded in (float32: AdamW at lr 1e-6 moves hardly any weight that is stored in
     bf16); weights are cast to the compute dtype when gathered, gradients are reduced in the masters' dtype. Embedding
     and lm_head both stay in the root unit, because in the 2B model they are one tensor.
+    With --lora_rank the adapters are the one unit, and all else stays whole on each rank.
     """
     qwen, full = policy.qwen, policy.state_dict()
     masters = [p for p in policy.parameters() if p.requires_grad]
@@ -407,7 +410,7 @@ def shard(policy: Policy, device: torch.device) -> None:
     # ABLATE: replicas across nodes: (nodes, ranks per node), mesh_dim_names=("replicate", "shard"); docs/scaling.md.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = set()
-    if lora.adapted(policy):  # The root unit are the adapters; the model is whole on each rank, and gathered never.
+    if lora.adapted(policy):
         whole = set(policy.to(device).parameters()) - set(masters)
     else:
         for unit in qwen.model.visual.blocks:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import VIDEO  # noqa: E402
 from toy import CLAIMS, check_claims  # noqa: E402
 
-LABELS = {"sft": "SFT", "grpo": "GRPO", "grpo_blank": "GRPO on blank videos"}
-COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "grpo": "#2b6cb0", "grpo_blank": "#222222"}
+LABELS = {"sft": "SFT", "grpo": "GRPO", "grpo_lora": "GRPO by LoRA", "grpo_blank": "GRPO on blank videos"}
+COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "grpo": "#2b6cb0", "grpo_lora": "#6b9bd1", "grpo_blank": "#222222"}
 
 
 def run_name(run: Path) -> str:
