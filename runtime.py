@@ -396,8 +396,8 @@ def shard(policy: Policy, device: torch.device) -> None:
     Collective.
 
     Masters keep the dtype they were loaded in (float32: AdamW at lr 1e-6 moves hardly any weight that is stored in
-    bf16); weights are cast to the compute dtype when gathered, gradients are reduced in the masters' dtype. Embedding
-    and lm_head both stay in the root unit, because in the 2B model they are one tensor.
+    bf16); weights are cast to the compute dtype when gathered, gradients are reduced in the masters' dtype. Where
+    embedding and lm_head are one tensor, as in the 2B model, both stay in the root unit.
     With --lora_rank the adapters are the one unit, and all else stays whole on each rank.
     """
     qwen, full = policy.qwen, policy.state_dict()
@@ -417,6 +417,9 @@ def shard(policy: Policy, device: torch.device) -> None:
             fully_shard(unit, mesh=mesh, mp_policy=uncast)
         for unit in (qwen.model.visual, *qwen.model.language_model.layers):
             fully_shard(unit, mesh=mesh, mp_policy=mixed)
+        embedding = qwen.get_input_embeddings()
+        if embedding.weight is not qwen.lm_head.weight:
+            fully_shard(embedding, mesh=mesh, mp_policy=mixed).set_unshard_in_backward(False)  # needs no weights there
     # The root's weights stay gathered from forward to backward, unless there is no backward that would free them.
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not masters, ignored_params=whole)
     # Until here every rank has sharded its own copy, which is real on rank 0 only.
@@ -465,7 +468,7 @@ def load_reference(args, policy: Policy, device: torch.device) -> Policy | None:
 def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None) -> None:
     """Gathers the weights, cast to the compute dtype first (half the traffic), into `target`; None only takes part.
 
-    One all-gather for each unit of `shard`, as in a forward pass: 62 for 7B, not one for each of its 730 parameters.
+    One all-gather for each unit of `shard`, as in a forward pass: 63 for 7B, not one for each of its 730 parameters.
     Collective. Writes in place: the sampler's addresses never move. A target without adapters gets merged weights.
     """
     own = {} if target is None else dict(target.named_parameters())

@@ -104,7 +104,8 @@ def gathers(copy_weights) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), CommDebugMode() as seen:
         qwen, target = (bench.load_qwen("7B", torch.device("cpu")) for _ in range(2))
         policy = Policy(qwen, BF16)
-        for unit in (*qwen.model.visual.blocks, qwen.model.visual, *qwen.model.language_model.layers, policy):
+        for unit in (*qwen.model.visual.blocks, qwen.model.visual, *qwen.model.language_model.layers,
+                     qwen.get_input_embeddings(), policy):
             fully_shard(unit, mesh=mesh)
         copy_weights(policy, target)
     return seen.get_total_counts()

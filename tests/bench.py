@@ -56,16 +56,20 @@ SHAPES = {"2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_hea
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and prompts.
 
-def load_qwen(shape: str, device: torch.device):
-    if shape == "toy":
-        return load_sampler(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
+def shape_config(shape: str) -> Qwen2VLConfig:
     text = {"num_hidden_layers": 28, **SHAPES[shape]}
     vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, **text.pop("vision", {})}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={**text, "rope_parameters": rope, "use_sliding_window": False},
         vision_config={**vision, "hidden_size": text["hidden_size"]},
         tie_word_embeddings=text["tie_word_embeddings"])
+
+
+def load_qwen(shape: str, device: torch.device):
+    if shape == "toy":
+        return load_sampler(SimpleNamespace(model=str(toy.BASE), dtype="float32"), device)
+    config = shape_config(shape)
     with device:
         qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     return use_our_attention(qwen).eval().requires_grad_(False)

@@ -35,8 +35,8 @@ def test_the_tables_of_the_page_are_what_the_script_prints():
     # On its own, because it makes a process group of 8 imagined ranks.
     now, = (line for line in run("docs/decode_bytes.py").splitlines() if line.startswith("| now"))
     assert now in PAGE, f"{now}: put the output of docs/decode_bytes.py into docs/scaling.md"
-    # A gather for each unit: the tower's layers and the rest of it, the text model's layers, the root.
-    assert now.endswith(f" {SHAPES['7B'].depth + 1 + SHAPES['7B'].layers + 1} |")
+    # A gather for each unit: the tower's layers and the rest of it, the text model's layers, the embedding, the root.
+    assert now.endswith(f" {SHAPES['7B'].depth + 1 + SHAPES['7B'].layers + 2} |")
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -105,8 +105,10 @@ def test_two_ranks_make_the_update_of_one(one_process_run, tmp_path):
     assert relative_difference(update(tmp_path / "two/final"), update(one_process_run / "final")) < 1e-9
 
 
-def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world):
+@pytest.mark.parametrize("naive", ["False", "True"])
+def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world, naive):
     # As hub folders are: the generation config lists two end tokens, the config one. All ranks must know both.
+    # The embedding is gathered for each call, so that all ranks must call it equally often.
     base = tmp_path / "base"
     shutil.copytree(toy.BASE, base)
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
@@ -121,7 +123,7 @@ def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world)
     flags = {"dtype": "float64", "prompts_per_step": 8, "max_steps": 1, "max_completion_length": 40,
              "learning_rate": 1e-4}
     torchrun("grpo_video.py", 2, "--model", str(base), *(w for k, v in flags.items() for w in (f"--{k}", str(v))),
-             "--output_dir", str(tmp_path / "two"))
+             "--naive", naive, "--output_dir", str(tmp_path / "two"))
     grpo_video.main(grpo_args(tmp_path / "one", **flags, model=str(base)))
     one, two = (metrics_of(tmp_path / name)[0] for name in ("one", "two"))
     assert one["completion_length"] == two["completion_length"]
