@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets/toy_base"), str(ROOT / "docs")]
 
 import float64  # noqa: E402
-import runtime  # noqa: E402
 import toy  # noqa: E402
 from data import PixelSettings, VideoDataset, load_questions  # noqa: E402
 from runtime import load_tokenizer, setup  # noqa: E402
@@ -29,7 +28,7 @@ PIXELS = PixelSettings(fps=0.5, image_size=56)
 @pytest.fixture(autouse=True)
 def survive(monkeypatch):
     """The end of a script that runs in this process is not that of the tests."""
-    monkeypatch.setattr(runtime, "end", sys.exit)
+    monkeypatch.setattr("runtime.end", sys.exit)
 
 
 @pytest.fixture(scope="session")
