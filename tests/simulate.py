@@ -304,9 +304,11 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=NUM_RANKS, help="number of GPUs")
     parser.add_argument("--json", action="store_true", help="print one row's bytes as JSON")
     own, flags = parser.parse_known_args()
-    rows = [(model, ranks) for model in own.model for ranks in own.ranks]
+    rows = [(model, ranks, flags) for model in own.model for ranks in own.ranks]
+    if len(sys.argv) == 1:
+        rows += [(model, 1, ["--lora_rank", "16"]) for model in own.model]
     if len(rows) == 1:
-        (model, ranks), = rows
+        (model, ranks, _), = rows
         args, = transformers.HfArgumentParser(grpo_video.Args).parse_args_into_dataclasses(["--model", model, *flags])
         args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
         results = [simulate(args, ranks)]
@@ -316,11 +318,11 @@ def main() -> None:
             print(f"{phase}: the peak is in the {results[0][phase]['where']}")
     else:
         with ThreadPoolExecutor(2) as pool:
-            results = list(tqdm(pool.map(lambda row: in_a_process(*row, flags), rows), total=len(rows), unit="row"))
+            results = list(tqdm(pool.map(lambda row: in_a_process(*row), rows), total=len(rows), unit="row"))
     print("GB (1e9 bytes) of one rank; the parts are those of the larger peak; the reference comes on top")
     print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for row, phases in zip(rows, results):
-        print(table_row(*row, phases))
+    for (model, ranks, flags), phases in zip(rows, results):
+        print(table_row(" ".join([model, *flags]), ranks, phases))
 
 
 if __name__ == "__main__":
