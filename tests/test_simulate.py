@@ -16,6 +16,10 @@ SHAPES = {
     "weights": (dict(hidden_size=512, intermediate_size=2048, vocab_size=16384, **TEXT),
                 dict(depth=4, embed_dim=256, num_heads=4),
                 dict(num_frames=2, image_size=56, max_completion_length=16)),
+    # 34 million of its 35 million weights in embedding and lm_head
+    "vocabulary": (dict(hidden_size=256, intermediate_size=256, vocab_size=65536, **TEXT),
+                   dict(depth=2, embed_dim=256, num_heads=4),
+                   dict(num_frames=2, image_size=56, max_completion_length=16)),
     # a frozen model, whole on each rank, and little that learns
     "adapters": (dict(hidden_size=512, intermediate_size=2048, vocab_size=2048, **TEXT),
                  dict(depth=4, embed_dim=256, num_heads=4),
