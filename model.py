@@ -166,14 +166,12 @@ class Policy(nn.Module):
         """
         prompt_embeds = embed_prompts(self.qwen, prompts).split(prompts.lengths.tolist())
         prompt_positions = prompts.position_ids.split(prompts.lengths.tolist(), dim=1)
-        # All rows in one call: each gathers the embedding's weights, and ranks have different numbers of rows.
-        own_embeds = self.qwen.get_input_embeddings()(completion_ids[completion_mask])  # (M, D)
-        own_embeds = own_embeds.split(completion_mask.sum(1).tolist())
         embeds, position_ids = [], []
-        for b, own in zip(row_prompt.tolist(), own_embeds):
+        for n, b in enumerate(row_prompt.tolist()):
+            ids = completion_ids[n, completion_mask[n]]
             # Token t of a completion is at its prompt's next_position + t on all three axes.
-            own_positions = prompts.next_position[b] + torch.arange(len(own), device=own.device)
-            embeds.append(torch.cat([prompt_embeds[b], own]))
+            own_positions = prompts.next_position[b] + torch.arange(len(ids), device=ids.device)
+            embeds.append(torch.cat([prompt_embeds[b], self.qwen.get_input_embeddings()(ids)]))
             position_ids.append(torch.cat([prompt_positions[b], own_positions.expand(3, -1)], dim=1).T)
         embeds = pad_sequence(embeds, batch_first=True)  # (N, P + C, D)
         position_ids = pad_sequence(position_ids, batch_first=True).permute(2, 0, 1)  # (3, N, P + C)

@@ -418,7 +418,8 @@ def shard(policy: Policy, device: torch.device) -> None:
         for unit in (qwen.model.visual, *qwen.model.language_model.layers):
             fully_shard(unit, mesh=mesh, mp_policy=mixed)
         embedding = qwen.get_input_embeddings()
-        if embedding.weight is not qwen.lm_head.weight:
+        # Gathered at each call, so that all ranks must call it equally often; --naive does so for each row.
+        if embedding.weight is not qwen.lm_head.weight and not policy.naive:
             fully_shard(embedding, mesh=mesh, mp_policy=mixed).set_unshard_in_backward(False)  # needs no weights there
     # The root's weights stay gathered from forward to backward, unless there is no backward that would free them.
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not masters, ignored_params=whole)

@@ -1,6 +1,6 @@
 """The memory of a step on GPUs that are not there: this repository's own code, on tensors without numbers.
 
-    python tests/simulate.py                              # 2B and 7B on 1, 2, 4, 8 and 16 ranks: a table, six minutes
+    python tests/simulate.py                              # 2B and 7B on 1 to 16 ranks, by LoRA on one: a table, minutes
     python tests/simulate.py --model 7B --ranks 8         # one row of it, and the operations that reach its peaks
     python tests/simulate.py --ranks 1 --lora_rank 16     # any flag of grpo_video.py goes along, here for both models
 
@@ -17,7 +17,8 @@ Update: a rank's share of --prompts_per_step (one prompt at least), its first tw
 Sampling: --rollout_prompts prompts together, whatever its share; none ends early. The reference of --kl_coef is
 computed, not run: its shards are there all the time, the layer it gathers is gone before the update begins.
 
-tests/test_simulate.py: the peaks of real steps on a CPU are within 0.3% of these. What the table does not know:
+tests/test_simulate.py: the peaks of real steps on a CPU are these to 0.03%, with adapters to 0.7%. What the table does
+not know:
     - the CUDA context and NCCL's buffers, some GB together, and what the allocator cannot use between its blocks or
       across streams (FSDP uses several): `nvidia-smi` shows more than torch's `max_memory_allocated`;
     - what kernels take inside (cuBLAS: 32 MB and more), --cuda_graph;
