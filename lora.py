@@ -51,7 +51,10 @@ def adapted(module: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_adapters(qwen: Qwen2VLForConditionalGeneration, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:
-    """Freezes the model and gives an adapter to each linear map of its text layers: q, k, v, o, gate, up and down."""
+    """Freezes the model and gives an adapter to each linear map of its text layers: q, k, v, o, gate, up and down.
+
+    With one seed they are the same on every rank: nobody has to send them around.
+    """
     qwen.requires_grad_(False)
     layers, generator = qwen.model.language_model.layers, torch.Generator().manual_seed(seed)
     for name, linear in [(name, child) for name, child in layers.named_modules() if isinstance(child, nn.Linear)]:
@@ -81,9 +84,11 @@ def merge(qwen: Qwen2VLForConditionalGeneration, target: Qwen2VLForConditionalGe
 def save_adapters(adapters: dict[str, Tensor], args, folder: Path) -> None:
     """Writes name -> A or B as a folder that peft's `PeftModel.from_pretrained` reads."""
     maps = sorted({name.split(".")[-2] for name in adapters})  # q_proj and so on: no such names in the vision tower
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.model, "bias": "none",
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": args.model, "bias": "none",
               "r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": 0.0, "target_modules": maps}
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file({f"base_model.model.{name}.weight": tensor for name, tensor in adapters.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = folder / "adapter_model.safetensors"
+    save_file({f"base_model.model.{name}.weight": tensor for name, tensor in adapters.items()}, file,
+              metadata={"format": "pt"})
+    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors are written for their owner alone

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -209,6 +208,7 @@ def report(output_dir: Path) -> None:
 FREE_ON_RESUME = {"output_dir", "resume", "change", "num_workers", "print_every", "save_every", "keep_checkpoints",
                   "micro_batch_size", "rollout_prompts", "batch_size", "gradient_checkpointing", "frame_cache", "naive",
                   "cuda_graph", "tensorboard", "max_bad_frac", "timeout_minutes", "compare"}
+WHAT_LEARNS = {"lora_rank", "lora_alpha", "freeze_vision"}
 # What a run writes. A folder with anything else in it is never moved, but for evaluations inside that of their model.
 OWN = re.compile(r"(lock|args\.json|metrics\.jsonl|completions\.txt|report\.json|checkpoints|final|adapters|"
                  r"results\.json|"
@@ -297,6 +297,9 @@ def check_resumed(before: dict, now: dict, settings: Path) -> None:
     if files := [file for file, digest in now["sha256"].items() if before["sha256"].get(file, digest) != digest]:
         raise ValueError(f"--resume: {', '.join(files)} was another file when the run began; restore it")
     changed = sorted(name for name in now if before[name] != now[name])
+    if learn := WHAT_LEARNS.intersection(changed):
+        raise ValueError(f"--resume: {', '.join(sorted(learn))} cannot change, since a checkpoint holds what learns; "
+                         "make it a model (python run.py CHECKPOINT FOLDER) and begin another run with that")
     if wrong := [name for name in changed if name not in {*FREE_ON_RESUME, *now["change"], "sha256"}]:
         flags = ", ".join(f"--{name} {now[name]} (it was {before[name]})" for name in wrong)
         raise ValueError(f"--resume continues the run in {settings.parent}, but with {flags}; give the same flags, or "
@@ -436,9 +439,12 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     qwen = runtime.read_qwen(settings["model"], dtype if rank else masters)
     if rank:
         lora.add_adapters(qwen, rank, settings["lora_alpha"], masters, settings["seed"])
-    state = {"model": {f"qwen.{name}": weight for name, weight in qwen.state_dict().items()}}
-    # What is not in the checkpoint was frozen: it stays as the model has it.
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True, planner=DefaultLoadPlanner(allow_partial_load=True))
+    if settings.get("freeze_vision"):
+        qwen.model.visual.requires_grad_(False)
+    # What was frozen is not in the checkpoint: it stays as the model has it.
+    state = {"model": {f"qwen.{name}": weight.detach() for name, weight in qwen.named_parameters()
+                       if weight.requires_grad}}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     plain = lora.share(qwen.to(dtype), adapters=False)
     with torch.no_grad():
         lora.merge(qwen, plain)

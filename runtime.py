@@ -14,6 +14,7 @@ A sharded model must not sample token by token: each token would all-gather ever
 an H200, by arithmetic), and ranks whose completions differ in length would wait for each other forever. The sampler
 touches no collective; renewing it once a step costs one all-gather per layer and 2 bytes of memory per weight.
 """
+import atexit
 import json
 import math
 import os
@@ -288,6 +289,7 @@ def leave(message: str, status: int) -> None:
 def end(status: int) -> None:
     """Ends this process at once, and not through the interpreter's own end: there a thread of gloo that still holds a
     tensor aborts it, about once in 200 runs, after all work is done (pytorch/pytorch#179291)."""
+    atexit._run_exitfuncs()  # all that is left of the usual end: the workers go, among others
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -423,9 +425,12 @@ def shard(policy: Policy, device: torch.device) -> None:
             fully_shard(embedding, mesh=mesh, mp_policy=mixed).set_unshard_in_backward(False)  # needs no weights there
     # The root's weights stay gathered from forward to backward, unless there is no backward that would free them.
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=not masters, ignored_params=whole)
-    # Until here every rank has sharded its own copy, which is real on rank 0 only.
+    for weight in [weight for weight in policy.parameters() if weight in whole]:
+        dist.broadcast(weight.detach(), 0)  # in place: there is no room for two models
+    # Until here every rank has sharded its own copy, which is real on rank 0 only (adapters: on all of them).
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(policy, full if dist.get_rank() == 0 else {}, options=options)
+    if not whole:
+        dcp_state.set_model_state_dict(policy, full if dist.get_rank() == 0 else {}, options=options)
     for buffer in policy.buffers():  # rotary frequencies: not part of a state dict, so empty beyond rank 0
         dist.broadcast(buffer, 0)
 
@@ -512,8 +517,8 @@ def export(policy: Policy, tokenizer, args, folder: Path) -> None:
     Collective.
 
     Weights are saved in the compute dtype, which is what was sampled with. The processor files of --model are copied,
-    since training does not change them. Adapters are merged, and kept as they are in a folder beside it, for peft: in
-    the same folder transformers would add them once more.
+    since training does not change them. Adapters are merged: what is below half a step of bf16 is lost of their change.
+    They are kept as they are in a folder beside it, for peft: in the same one transformers would add them once more.
     """
     whole = plain_copy(policy, torch.device("cpu")) if dist.get_rank() == 0 else None
     copy_weights(policy, whole)

@@ -205,6 +205,9 @@ def test_final_is_the_base_and_the_adapters_beside_it(run, tokenizer, ragged):
     adapters = load_file(run / "adapters/adapter_model.safetensors")
     layers = len({name.split(".layers.")[1].split(".")[0] for name in adapters})
     assert len(changed) == 7 * layers and len(adapters) == 14 * layers and {n.split(".")[-2] for n in changed} == NAMES
+    files = [folder / name for folder, name in ((run / "final", "model.safetensors"),
+                                                (run / "adapters", "adapter_model.safetensors"))]
+    assert files[0].stat().st_mode == files[1].stat().st_mode
     peft_model = peft.PeftModel.from_pretrained(
         Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32), run / "adapters")
     merged = peft_model.merge_and_unload().state_dict()
@@ -287,6 +290,6 @@ def test_a_run_from_before_these_flags_can_be_resumed(tmp_path, world):
     for name in ("lora_rank", "lora_alpha", "freeze_vision"):
         del old[name]
     (tmp_path / "args.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r"--lora_rank 4 \(it was 0\)"):
-        grpo_video.main(grpo_args(tmp_path, **settings, resume=True, lora_rank=4))
+    with pytest.raises(ValueError, match="lora_rank cannot change"):
+        grpo_video.main(grpo_args(tmp_path, **settings, resume=True, change=["lora_rank"], lora_rank=4))
     grpo_video.main(grpo_args(tmp_path, **settings, resume=True))
