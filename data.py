@@ -200,18 +200,19 @@ class VideoDataset(torch.utils.data.Dataset):
         return line + (f"prompt of question {example.question.id}: {', '.join(held)}, {len(example.prompt_ids)} tokens "
                        "in all")
 
-
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that there can be: a video of most frames, an image, the longest text.
+        """Tokens of the longest prompt that there can be, give or take a few: most frames, an image, the longest text.
 
         No file is opened for it. A video that is shorter than `num_frames` at `fps` makes a shorter one.
         """
+        def grid(time: int, present: bool) -> Tensor | None:
+            side = self.settings.image_size // PATCH_SIZE
+            return torch.tensor([[time, side, side]]) if present and self.video != "text_only" else None
+
+        video = grid(self.settings.num_frames // TEMPORAL_PATCH_SIZE, any(q.video for q in self.questions))
+        image = grid(1, any(q.image for q in self.questions))
         texts = [user_text(question.text, build_options(question, self.seed, 0)[0]) for question in self.questions]
-        side, shown = self.settings.image_size // PATCH_SIZE, self.video != "text_only"
-        grids = [torch.tensor([[time, side, side]]) if shown and any(files) else None for time, files in
-                 ((self.settings.num_frames // TEMPORAL_PATCH_SIZE, [question.video for question in self.questions]),
-                  (1, [question.image for question in self.questions]))]
-        return len(encode_prompt(self.tokenizer, max(texts, key=len), *grids))
+        return len(encode_prompt(self.tokenizer, max(texts, key=len), video, image))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
