@@ -483,9 +483,16 @@ def make_loader(dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]],
     Each worker has one torch thread (DataLoader sees to that) and is two batches ahead. With no workers, batches are
     read here, when they are asked for.
     """
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])  # they ignore SIGTERM
+    atexit.register(end_workers)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list,
                                        worker_init_fn=start_worker)
+
+
+def end_workers() -> None:
+    """They ignore SIGTERM, so they are killed; DataLoader's handler would take that for a fault and raise."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def start_worker(worker_id: int) -> None:

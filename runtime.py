@@ -282,7 +282,7 @@ def leave(message: str, status: int) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
-    print(message, file=sys.stderr)
+    sys.stderr.write(message + "\n")  # at once: print may write the line's end after another rank's line
     end(status)
 
 

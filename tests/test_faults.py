@@ -128,7 +128,7 @@ def start(tmp_path):
         with open(log, "w") as file:
             process = subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment})
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONUNBUFFERED": "1", **environment})
         process.text = lambda: log.read_text(errors="replace")
         process.finish = lambda: process.wait(300)
         started.append(process)
@@ -624,7 +624,8 @@ STOPPED = re.compile(r"stopped by a signal after (\d+) steps; to go on: (.*)")
 def stopped(process):
     """(steps, command) of a run that a signal has stopped; torchrun's summary has the line once more."""
     found = set(STOPPED.findall(process.text()))
-    assert len(found) == 1, process.text()[-4000:]
+    assert len(found) == 1, f"{found}\n{process.text()[-4000:]}"
+    assert "killed by signal" not in process.text()  # DataLoader's, of the workers that are ended on purpose
     steps, command = found.pop()
     return int(steps), shlex.split(command)
 
