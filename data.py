@@ -1,4 +1,4 @@
-"""From a dataset file to tensors: what SEED-Bench-R1 and LongVideoBench give, and what Qwen2-VL reads.
+"""From a dataset file to tensors: what SEED-Bench-R1 and LongVideoBench give, and what Qwen2-VL reads, or a successor.
 
 From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the checks of the files, which come last:
     dataset   (epoch, index) -> `Example`: the tensors of one question
@@ -12,7 +12,8 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
     check     python data.py FILE --data_root DIR: whether every video and image of a file can be read
 
 Letters: P prompt tokens, F frames, S vision patches.
-References: SEED-Bench-R1 (arXiv 2503.24376), Qwen2-VL (arXiv 2409.12191), LongVideoBench (arXiv 2407.15754).
+References: SEED-Bench-R1 (arXiv 2503.24376), LongVideoBench (arXiv 2407.15754), Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL
+(arXiv 2502.13923), Qwen3-VL (arXiv 2511.21631).
 """
 import argparse
 import atexit
@@ -20,6 +21,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -64,8 +66,33 @@ class Question:
     has_id: bool = True  # False: its record has no id, and `id` is the record's number
 
 
-PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE = 14, 2, 2  # a patch: 14 x 14 pixels of 2 frames; a token: 2 x 2 patches
-TOKEN_SIZE = PATCH_SIZE * MERGE_SIZE  # 28 pixels
+# A time step is 2 frames: a patch has pixels of both. A token is 2 x 2 patches.
+TEMPORAL_PATCH_SIZE, MERGE_SIZE = 2, 2
+SYSTEM = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Family:
+    """All in which families of models differ, but for what their classes in transformers do by themselves."""
+    patch_size: int  # pixels, a patch's height and width
+    mean: tuple[float, float, float]  # of the pixels of red, green, blue in [0, 1]
+    std: tuple[float, float, float]
+    system: str  # the system line of every prompt, as in the chat template; "": none
+    timestamps: bool  # True: "<1.3 seconds>" in words before the tokens of each time step
+    tokens_per_second: float  # how far apart a second of video puts positions; 0: each time step is 1 from the last
+
+    @property
+    def token_size(self) -> int:
+        return self.patch_size * MERGE_SIZE
+
+
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FAMILIES = {  # model_type of config.json: what it reads
+    "qwen2_vl": Family(14, *CLIP, SYSTEM, timestamps=False, tokens_per_second=0),
+    "qwen2_5_vl": Family(14, *CLIP, SYSTEM, timestamps=False, tokens_per_second=2),
+    "qwen3_vl": Family(16, *HALF, "", timestamps=True, tokens_per_second=0),
+}
 
 
 @dataclass(frozen=True)
@@ -74,16 +101,18 @@ class PixelSettings:
     fps: float = 2.0  # frames taken per second of video, > 0
     min_frames: int = 4  # at least this many; even, >= 2
     num_frames: int = 16  # at most this many; even, >= min_frames
-    image_size: int = 252  # every frame and image becomes a square of this many pixels; a multiple of 28
+    image_size: int = 252  # every frame and image becomes a square of this many pixels: whole tokens of the family
     cache: str = ""  # a folder that keeps the frames of each video, F H W 3 bytes (3 MB at 16 frames of 252); "": none
     timeout_s: float = 60.0  # a video that takes longer to decode counts as unreadable
 
     def __post_init__(self) -> None:
+        sizes = sorted({family.token_size for family in FAMILIES.values()})  # 28, 32
         for field, holds, fix in (
             ("fps", 0 < self.fps < math.inf, "be above 0"),
             ("min_frames", self.min_frames >= 2 and self.min_frames % 2 == 0, "be even, >= 2"),
             ("num_frames", self.num_frames >= self.min_frames and self.num_frames % 2 == 0, "be even, >= min_frames"),
-            ("image_size", self.image_size > 0 and self.image_size % TOKEN_SIZE == 0, f"be a multiple of {TOKEN_SIZE}"),
+            ("image_size", self.image_size > 0 and not all(self.image_size % size for size in sizes),
+             f"be a multiple of {' or '.join(map(str, sizes))}"),
             ("timeout_s", 0 < self.timeout_s < math.inf, "be above 0"),
         ):
             if not holds:
@@ -112,9 +141,9 @@ class Example:
     prompt_text: str  # the text of the user turn
     prompt_ids: Tensor  # (P,) int64
     position_ids: Tensor  # (3, P) int64
-    pixel_values_videos: Tensor | None = None  # (S, 1176) uint8, for `normalise`
+    pixel_values_videos: Tensor | None = None  # (S, 1176) uint8 (Qwen3-VL: 1536), for `normalise`
     video_grid_thw: Tensor | None = None  # (1, 3) int64
-    pixel_values: Tensor | None = None  # (S, 1176) uint8, of the image
+    pixel_values: Tensor | None = None  # the same of the image
     image_grid_thw: Tensor | None = None  # (1, 3) int64
     error: str = ""  # why the pixels could not be read; then P is 0 and there are none
 
@@ -124,13 +153,19 @@ class VideoDataset(torch.utils.data.Dataset):
 
     A file that cannot be read gives an Example with an `error`, for the caller to count. It is never replaced by
     another one, and does not stop the run. `video` is a key of VIDEO: the videos as they are, or a control; ValueError
-    if it is none, or if "random" has no other video to show. Without a tokenizer the files are read, and no more.
+    if it is none, or if "random" has no other video to show, or if the family cannot cut images of this size into
+    tokens. Without tokenizer and family the files are read, and no more.
     """
 
-    def __init__(self, questions: list[Question], tokenizer, settings: PixelSettings, seed: int, video: str = "full"):
+    def __init__(self, questions: list[Question], tokenizer, family: Family | None, settings: PixelSettings, seed: int,
+                 video: str = "full"):
         if video not in VIDEO:
             raise ValueError(f"--video {video!r}: must be one of {', '.join(VIDEO)}")
-        self.questions, self.tokenizer, self.settings = questions, tokenizer, settings
+        if family and settings.image_size % family.token_size:
+            nearest = max(round(settings.image_size / family.token_size), 1) * family.token_size
+            raise ValueError(f"image_size is {settings.image_size}; for this model it must be a multiple of "
+                             f"{family.token_size}, such as {nearest}")
+        self.questions, self.tokenizer, self.family, self.settings = questions, tokenizer, family, settings
         self.seed, self.video = seed, video
         if video == "random":
             by_steps = {len(question.progress): question for question in questions if question.video}
@@ -152,12 +187,13 @@ class VideoDataset(torch.utils.data.Dataset):
         text = f"{question.text}\n{FREE_FORM_INSTRUCTION}" if free_form else user_text(question.text, options)
         no_ids = torch.empty(0, dtype=torch.int64)
         example = Example(question, options, gold, text, prompt_ids=no_ids, position_ids=no_ids.expand(3, 0))
+        seconds = None
         if self.video != "text_only":
             rng = random.Random(f"{self.seed}/{epoch}/{question.id}/{self.video}")
             from_another = question.video and self.video == "random"
             video = rng.choice(self.other_videos(question)) if from_another else question.video
             try:  # around the reading alone: a mistake of ours is no unreadable file
-                frames = cached_video(video, self.settings) if video else None
+                frames, seconds = cached_video(video, self.settings) if video else (None, None)
                 image = read_image(question.image, self.settings) if question.image else None
             except ValueError as error:
                 example.error = str(error)
@@ -165,13 +201,14 @@ class VideoDataset(torch.utils.data.Dataset):
                 return example
             if frames is not None:
                 frames = control_frames(frames, self.video, rng)
-                example.pixel_values_videos, example.video_grid_thw = patchify(frames)
+                example.pixel_values_videos, example.video_grid_thw = patchify(frames, self.family)
             if image is not None:
-                example.pixel_values, example.image_grid_thw = patchify(image)
-        example.prompt_ids = encode_prompt(self.tokenizer, text, example.video_grid_thw, example.image_grid_thw)
-        grids = [grid for grid in (example.video_grid_thw, example.image_grid_thw) if grid is not None]
+                example.pixel_values, example.image_grid_thw = patchify(image, self.family)
+        grids = example.video_grid_thw, example.image_grid_thw
+        example.prompt_ids = encode_prompt(self.tokenizer, self.family, text, *grids, seconds)
         pad_ids = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        example.position_ids = rope_positions(example.prompt_ids, grids, *pad_ids)
+        example.position_ids = rope_positions(example.prompt_ids, vision_runs(self.family, *grids),
+                                              time_step(self.family, seconds), *pad_ids)
         return example
 
     def other_videos(self, question: Question) -> list[Path]:
@@ -195,7 +232,7 @@ class VideoDataset(torch.utils.data.Dataset):
                 continue
             time, height, width = grid[0].tolist()
             frames = f"{time * TEMPORAL_PATCH_SIZE} frames of " if name == "video" else ""
-            size = f"{width * PATCH_SIZE} x {height * PATCH_SIZE} pixels"
+            size = f"{width * self.family.patch_size} x {height * self.family.patch_size} pixels"
             held.append(f"{name} of {frames}{size} ({num_tokens(grid)} vision tokens)")
         return line + (f"prompt of question {example.question.id}: {', '.join(held)}, {len(example.prompt_ids)} tokens "
                        "in all")
@@ -206,24 +243,24 @@ class VideoDataset(torch.utils.data.Dataset):
         No file is opened for it. A video that is shorter than `num_frames` at `fps` makes a shorter one.
         """
         def grid(time: int, present: bool) -> Tensor | None:
-            side = self.settings.image_size // PATCH_SIZE
+            side = self.settings.image_size // self.family.patch_size
             return torch.tensor([[time, side, side]]) if present and self.video != "text_only" else None
 
-        video = grid(self.settings.num_frames // TEMPORAL_PATCH_SIZE, any(q.video for q in self.questions))
+        num_frames = self.settings.num_frames
+        video = grid(num_frames // TEMPORAL_PATCH_SIZE, any(q.video for q in self.questions))
         image = grid(1, any(q.image for q in self.questions))
         texts = [user_text(question.text, build_options(question, self.seed, 0)[0]) for question in self.questions]
-        return len(encode_prompt(self.tokenizer, max(texts, key=len), video, image))
+        seconds = np.arange(num_frames + 1) / self.settings.fps
+        return len(encode_prompt(self.tokenizer, self.family, max(texts, key=len), video, image, seconds))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pixels: which frames are taken, what a control leaves of them, and the patches that Qwen2-VL's vision tower reads.
+# Pixels: which frames are taken, what a control leaves of them, and the patches that the vision tower reads.
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in [0, 1]
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def frame_indices(num_total: int, native_fps: float, settings: PixelSettings, times=None) -> np.ndarray:
-    """Which frames of a video to take: (F,) int64, evenly spread, the first and the last one included.
+def sample_frames(num_total: int, native_fps: float, settings: PixelSettings,
+                  times: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which frames of a video to take, (F,) int64, evenly spread, the first and the last one included; and when, in
+    seconds from its beginning, each of them is shown and the video ends, (F + 1,) float64.
 
     F is `fps` times the video's seconds, rounded down to even, and at least `min_frames`, at most `num_frames`. Where a
     video has fewer frames than that, some are taken twice. Raises ValueError for a video without frames or frame rate.
@@ -237,8 +274,10 @@ def frame_indices(num_total: int, native_fps: float, settings: PixelSettings, ti
     seconds = times[-1, 1] - times[0, 0] if varies else num_total / native_fps
     num_wanted = min(max(int(seconds * settings.fps) // 2 * 2, settings.min_frames), settings.num_frames)
     if varies:
-        return np.searchsorted(begins, np.linspace(0, begins[-1], num_wanted), side="right") - 1
-    return np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
+        indices = np.searchsorted(begins, np.linspace(0, begins[-1], num_wanted), side="right") - 1
+        return indices, np.append(begins[indices], seconds)
+    indices = np.linspace(0, num_total - 1, num_wanted).round().astype(np.int64)
+    return indices, np.append(indices, num_total) / native_fps  # files round their times, to milliseconds or worse
 
 
 def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.ndarray:
@@ -257,34 +296,36 @@ def control_frames(pixels: np.ndarray, video: str, rng: random.Random) -> np.nda
     return pixels
 
 
-def patchify(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+def patchify(pixels: np.ndarray, family: Family) -> tuple[Tensor, Tensor]:
     """uint8 RGB (F, H, W, 3) -> patches (S, 1176) uint8, and their numbers in (time, height, width), (1, 3) int64.
 
     F is even, or 1: the frame of an image is repeated to fill the temporal patch. H and W are multiples of 28. Else
-    ValueError. The four patches that the vision tower merges into one token are neighbours in S.
+    ValueError. The four patches that the vision tower merges into one token are neighbours in S. (Qwen3-VL: 1536, 32.)
     """
+    size, token_size = family.patch_size, family.token_size
     num_frames, height, width, channels = pixels.shape
-    if channels != 3 or not height or height % TOKEN_SIZE or not width or width % TOKEN_SIZE:
-        raise ValueError(f"pixels are {pixels.shape}; give 3 channels, and sides that are multiples of {TOKEN_SIZE}")
+    if channels != 3 or not height or height % token_size or not width or width % token_size:
+        raise ValueError(f"pixels are {pixels.shape}; give 3 channels, and sides that are multiples of {token_size}")
     if num_frames == 1:
         pixels = pixels.repeat(TEMPORAL_PATCH_SIZE, axis=0)
     elif num_frames < 1 or num_frames % TEMPORAL_PATCH_SIZE:
         raise ValueError(f"pixels have {num_frames} frames; give an even number, or one for an image")
-    grid_t, grid_h, grid_w = len(pixels) // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+    grid_t, grid_h, grid_w = len(pixels) // TEMPORAL_PATCH_SIZE, height // size, width // size
     x = torch.tensor(pixels).view(
         grid_t, TEMPORAL_PATCH_SIZE,  # 0 time, 1 frame in the patch
-        grid_h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 2 row of tokens, 3 row of patches in it, 4 row of pixels
-        grid_w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE,  # 5, 6, 7 the same for columns
+        grid_h // MERGE_SIZE, MERGE_SIZE, size,  # 2 row of tokens, 3 row of patches in it, 4 row of pixels
+        grid_w // MERGE_SIZE, MERGE_SIZE, size,  # 5, 6, 7 the same for columns
         channels,  # 8
     )
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # which patch: 0 2 5 3 6; inside it: channel, frame, row, column
     return x.reshape(grid_t * grid_h * grid_w, -1), torch.tensor([[grid_t, grid_h, grid_w]])
 
 
-def normalise(patches: Tensor) -> Tensor:
-    """(x / 255 - mean) / std, 392 numbers a channel: (S, 1176) uint8 -> float32, on the device of the patches."""
-    scale, mean, std = (torch.tensor(x, device=patches.device).view(-1, 1) for x in (255.0, IMAGE_MEAN, IMAGE_STD))
-    return patches.float().view(-1, 3, 392).div_(scale).sub_(mean).div_(std).flatten(1)  # CUDA's div_(255) rounds twice
+def normalise(patches: Tensor, family: Family) -> Tensor:
+    """(x / 255 - mean) / std, channel by channel: (S, 1176) uint8 -> float32, on the device of the patches."""
+    scale, mean, std = (torch.tensor(x, device=patches.device).view(-1, 1) for x in (255.0, family.mean, family.std))
+    x = patches.float().unflatten(1, (3, -1))
+    return x.div_(scale).sub_(mean).div_(std).flatten(1)  # CUDA's div_(255) rounds twice
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,42 +336,61 @@ def num_tokens(grid_thw: Tensor) -> int:
     return int(grid_thw.prod()) // MERGE_SIZE**2
 
 
-SYSTEM = "You are a helpful assistant."  # the system line of every prompt, as in Qwen2-VL's chat template
+def vision_runs(family: Family, *grids: Tensor | None) -> list[Tensor]:
+    """The grid_thw (1, 3) of each run of vision tokens: a video or image, or where timestamps stand between them, a
+    time step."""
+    runs = []
+    for grid in (grid for grid in grids if grid is not None):
+        steps = [torch.cat([torch.ones(1, 1, dtype=torch.int64), grid[:, 1:]], dim=1)] * int(grid[0, 0])
+        runs += steps if family.timestamps else [grid]
+    return runs
+
 
 # The tokenizer obeys special tokens wherever they stand: a question with <|im_end|> in it would end the user's turn,
 # <|video_pad|> would ask for pixels that are not there. Half a surrogate pair is no text, and would crash it.
 FORBIDDEN = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")
 
 
-def encode_prompt(tokenizer, text: str, video_grid_thw: Tensor | None = None,
-                  image_grid_thw: Tensor | None = None) -> Tensor:
-    """The Qwen2-VL chat prompt, (P,) int64: system line, user turn of [video][image]text, header of the assistant turn.
+def encode_prompt(tokenizer, family: Family, text: str, video_grid_thw: Tensor | None = None,
+                  image_grid_thw: Tensor | None = None, seconds: np.ndarray | None = None) -> Tensor:
+    """The chat prompt, (P,) int64: system line, user turn of [video][image]text, header of the assistant turn.
 
-    Each vision token is a pad token, in whose place the model puts an output of the vision tower. Raises ValueError if
-    `text` has a special token in it.
+    Each vision token is a pad token, in whose place the model puts an output of the vision tower. `seconds`, those of
+    `read_video`, go with a video. Raises ValueError if `text` has a special token in it.
     """
     if found := FORBIDDEN.search(text):
         raise ValueError(f"the text {text!r:.200} has {found.group()!r} in it; take it out or spell it differently")
-    video = image = ""
-    if video_grid_thw is not None:
-        video = "<|vision_start|>" + "<|video_pad|>" * num_tokens(video_grid_thw) + "<|vision_end|>"
-    if image_grid_thw is not None:
-        image = "<|vision_start|>" + "<|image_pad|>" * num_tokens(image_grid_thw) + "<|vision_end|>"
-    prompt = (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-              f"<|im_start|>user\n{video}{image}{text}<|im_end|>\n"
-              f"<|im_start|>assistant\n")
+    stamps = []
+    if video_grid_thw is not None and family.timestamps:  # of a time step: the mean of its two frames
+        stamps = [f"<{second:.1f} seconds>" for second in seconds[:-1].reshape(-1, TEMPORAL_PATCH_SIZE).mean(axis=1)]
+    vision = ""
+    for pad, grid in (("<|video_pad|>", video_grid_thw), ("<|image_pad|>", image_grid_thw)):
+        for run in vision_runs(family, grid):
+            stamp = stamps.pop(0) if stamps else ""
+            vision += f"{stamp}<|vision_start|>{pad * num_tokens(run)}<|vision_end|>"
+    system = f"<|im_start|>system\n{family.system}<|im_end|>\n" if family.system else ""
+    prompt = f"{system}<|im_start|>user\n{vision}{text}<|im_end|>\n<|im_start|>assistant\n"
     return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
-def rope_positions(prompt_ids: Tensor, grids: list[Tensor], image_token_id: int, video_token_id: int) -> Tensor:
+def time_step(family: Family, seconds: np.ndarray | None) -> float:
+    """How far apart on the time axis the time steps of a video are: 1, or for Qwen2.5-VL so many for its seconds."""
+    if seconds is None or not family.tokens_per_second:
+        return 1.0
+    return family.tokens_per_second * TEMPORAL_PATCH_SIZE * seconds[-1] / (len(seconds) - 1)
+
+
+def rope_positions(prompt_ids: Tensor, grids: list[Tensor], time_step: float, image_token_id: int,
+                   video_token_id: int) -> Tensor:
     """M-RoPE: the (time, height, width) position of each prompt token, (3, P) int64 (Qwen2-VL, section 2.1).
 
     `grids`: the grid_thw (1, 3) of each run of vision tokens, in order of appearance; ValueError if they do not fit.
 
     Text counts 0, 1, 2 on all axes alike. Where a video or image begins at position p, its token (t, h, w) sits at
-    (p + t, p + h, p + w), and the text behind it goes on from the largest of these + 1: so the paper, and its release.
-    transformers 5 goes on from p + max(height, width). That is the same unless a video has more time steps than rows
-    and columns of tokens (16 frames of 252 pixels are 8 x 9 x 9, 32 are 16 x 9 x 9); then its text would overlap it.
+    (p + t * time_step, p + h, p + w), rounded down (in float32, as in the release), and the text behind it goes on from
+    the largest of these + 1: so the paper, and its release. transformers 5 goes on from p + max(height, width), where
+    the text behind a video of more time steps than rows and columns of tokens overlaps it: 32 frames of 252 pixels are
+    16 x 9 x 9, and with Qwen2.5-VL, to which a second is 2 positions, most videos are so.
     """
     is_vision = (prompt_ids == image_token_id) | (prompt_ids == video_token_id)  # (P,) True: an image or video token
     pieces, position, unused = [], 0, list(grids)
@@ -340,7 +400,8 @@ def rope_positions(prompt_ids: Tensor, grids: list[Tensor], image_token_id: int,
             piece = torch.arange(length).expand(3, -1)
         elif unused and num_tokens(unused[0]) == length:
             time, height, width = unused.pop(0).flatten().tolist()
-            axes = torch.arange(time), torch.arange(height // MERGE_SIZE), torch.arange(width // MERGE_SIZE)
+            steps = (torch.arange(time) * torch.tensor(time_step, dtype=torch.float32)).long()
+            axes = steps, torch.arange(height // MERGE_SIZE), torch.arange(width // MERGE_SIZE)
             piece = torch.cartesian_prod(*axes).T  # width runs fastest, as in `patchify`
         else:
             raise ValueError(f"{length} vision tokens do not fit the grids {[grid.tolist() for grid in grids]}")
@@ -547,8 +608,8 @@ CONTAINER = re.compile(
 warn_once = functools.cache(warnings.warn)
 
 
-def decode_video(path: Path, settings: PixelSettings) -> np.ndarray:
-    """An mp4 file -> (F, H, W, 3) uint8 RGB, in this process. Raises whatever decord raises, if it lives to do so."""
+def decode_video(path: Path, settings: PixelSettings) -> tuple[np.ndarray, np.ndarray]:
+    """`read_video` in this process. Raises whatever decord raises, if it lives to do so."""
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     except decord.DECORDError as error:
@@ -564,17 +625,18 @@ def decode_video(path: Path, settings: PixelSettings) -> np.ndarray:
     # decord counts these frames, but its decoder drops them. Up to the next key frame it can only be read in order.
     hidden = int((times[:, 0] < -1e-3).sum()) if known else 0
     in_order = min((key for key in reader.get_key_indices() if key >= hidden), default=len(reader)) - hidden
-    indices = frame_indices(len(reader) - hidden, reader.get_avg_fps(), settings, times[hidden:] if known else None)
+    indices, seconds = sample_frames(len(reader) - hidden, reader.get_avg_fps(), settings,
+                                     times[hidden:] if known else None)
     indices, pixels = indices.tolist(), {}
     for i in sorted({*range(in_order), *indices}):
         frame = reader.next() if i < in_order else reader[hidden + i]
         if i in indices:
             h, w, c = frame.shape  # c is above 3 for narrow videos: decord takes the padding of a row for channels
             pixels[i] = resize(Image.frombuffer("RGB", (w, h), frame.asnumpy(), "raw", "RGB", w * c, 1), settings)
-    return np.stack([pixels[i] for i in indices])
+    return np.stack([pixels[i] for i in indices]), seconds
 
 
-def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
+def cached_video(path: Path, settings: PixelSettings) -> tuple[np.ndarray, np.ndarray]:
     """`read_video`, once per file and settings where there is a cache: later epochs and runs read its uint8 frames.
 
     A file that cannot be read is not remembered; one that was changed is read again. Old entries stay, and their names
@@ -588,29 +650,33 @@ def cached_video(path: Path, settings: PixelSettings) -> np.ndarray:
     key = repr((str(path.resolve()), status.st_size, status.st_mtime_ns, how))
     cached = Path(settings.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged, as when a machine loses power
-        return np.load(cached)
-    pixels = read_video(path, settings)
+        with open(cached, "rb") as file:
+            return np.load(file), np.load(file)
+    video = read_video(path, settings)
     # Renamed when whole: no other worker, on this machine or another, and no later run, ever sees half a file.
     part = cached.with_suffix(f".{uuid.uuid4().hex}")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            np.save(file, pixels)
+            for array in video:
+                np.save(file, array)
         part.replace(cached)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         warn_once(f"the frame cache {settings.cache} cannot be written: {error.strerror or 'no room'}; go on without")
-    return pixels
+    return video
 
 
-def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
-    """An mp4 file -> (F, H, W, 3) uint8 RGB. Raises ValueError if it cannot be read, for whatever reason."""
+def read_video(path: Path, settings: PixelSettings) -> tuple[np.ndarray, np.ndarray]:
+    """An mp4 file -> (F, H, W, 3) uint8 RGB, and (F + 1,) float64, the seconds of `sample_frames`. Raises ValueError if
+    it cannot be read, for whatever reason."""
     if not CONTAINER.match(start := first_bytes(path)):
         raise ValueError(f"{path}: begins with {start[:16]!r}, as no video file does; make it an mp4, mkv or the like")
     status, content = decode_in_child(path, settings)
     if status == 0 and content:
-        return np.frombuffer(content, np.uint8).reshape(-1, settings.image_size, settings.image_size, 3)
+        file = io.BytesIO(content)
+        return np.load(file), np.load(file)
     if status == -signal.SIGALRM:
         reason = f"decoding took longer than {settings.timeout_s} s and was stopped"
     elif status == 1 and content:
@@ -621,7 +687,7 @@ def read_video(path: Path, settings: PixelSettings) -> np.ndarray:
 
 
 def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
-    """(exit status, what the child wrote): 0 and pixels; 1 and what went wrong; minus a signal for a crash.
+    """(exit status, what the child wrote): 0 and two arrays; 1 and what went wrong; minus a signal for a crash.
 
     On a corrupt file decord may wait forever, eat memory or end the process, so each video is decoded in a child of its
     own; a fork costs some milliseconds. (By hand, POSIX: DataLoader workers may not use `multiprocessing`.) The alarm
@@ -637,7 +703,10 @@ def decode_in_child(path: Path, settings: PixelSettings) -> tuple[int, bytes]:
             signal.setitimer(signal.ITIMER_REAL, settings.timeout_s)
             with open(write_end, "wb") as pipe:
                 try:
-                    pipe.write(decode_video(path, settings).data)
+                    file = io.BytesIO()
+                    for array in decode_video(path, settings):
+                        np.save(file, array)
+                    pipe.write(file.getbuffer())
                     status = 0
                 except Exception as error:  # one line of it, to fit into a log
                     pipe.write(f"{type(error).__name__}: {error}".split("\n")[0].encode())
@@ -822,7 +891,7 @@ def read_messages(messages: list[dict]) -> tuple[str, str | None, str | None]:
     """The prompt of an SFT record -> (user text, video path or None, image path or None).
 
     One user message: a video (if any), an image (if any) and one text, in this order. Before it may stand the default
-    system message, which every prompt here has (`encode_prompt`); any other would be lost, so it is refused.
+    system message: the prompt has the one that its family was trained with; any other would be lost, so it is refused.
     """
     default = {"role": "system", "content": SYSTEM}, {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
     if messages and messages[0] in default:
@@ -910,7 +979,7 @@ def check_files() -> None:
     args = parser.parse_args()
     try:
         settings = PixelSettings(args.fps, args.min_frames, args.num_frames, args.image_size, args.frame_cache)
-        dataset = VideoDataset(load_questions(args.file, args.data_root), None, settings, seed=0)
+        dataset = VideoDataset(load_questions(args.file, args.data_root), None, None, settings, seed=0)
     except ValueError as error:
         sys.exit(str(error))
     loader = make_loader(dataset, [[(0, i)] for i in range(len(dataset))], args.num_workers)

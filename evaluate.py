@@ -256,12 +256,12 @@ def main(args: Args) -> list[dict]:
     args = runtime.resolve(args, device)
     # First, because a typo should not cost an evaluation.
     other, other_settings = read_evaluation(args) if args.compare else ([], {})
-    tokenizer = runtime.load_tokenizer(args.model)
+    tokenizer, family = runtime.load_tokenizer(args.model), runtime.load_family(args.model)
     datasets = {}
     for file in args.eval_files:
         questions = load_questions(file, args.data_root)[:args.max_questions or None]
         runtime.check_for_sft(questions, file, for_sft=False)
-        datasets[file] = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
+        datasets[file] = VideoDataset(questions, tokenizer, family, args.pixel_settings(), args.seed, args.video)
         runtime.check_length(args, datasets[file], args.max_completion_length)
     if rank == 0:
         for file, dataset in datasets.items():

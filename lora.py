@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 
 class LoRALinear(nn.Linear):
@@ -50,7 +50,7 @@ def adapted(module: nn.Module) -> dict[str, LoRALinear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
 
 
-def add_adapters(qwen: Qwen2VLForConditionalGeneration, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:
+def add_adapters(qwen: PreTrainedModel, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:
     """Freezes the model and gives an adapter to each linear map of its text layers: q, k, v, o, gate, up and down.
 
     With one seed they are the same on every rank: nobody has to send them around.
@@ -64,7 +64,7 @@ def add_adapters(qwen: Qwen2VLForConditionalGeneration, rank: int, alpha: float,
         layers.set_submodule(name, LoRALinear(linear, alpha / rank, lora_A, lora_B))
 
 
-def share(qwen: Qwen2VLForConditionalGeneration, adapters: bool) -> Qwen2VLForConditionalGeneration:
+def share(qwen: PreTrainedModel, adapters: bool) -> PreTrainedModel:
     """Another module tree on the same weights, for evaluation, with adapters of its own, not yet filled, or none."""
     tensors = {id(tensor): tensor for tensor in (*qwen.parameters(), *qwen.buffers())}
     other = copy.deepcopy(qwen, tensors).eval()  # what is in `tensors` is not copied
@@ -75,7 +75,7 @@ def share(qwen: Qwen2VLForConditionalGeneration, adapters: bool) -> Qwen2VLForCo
     return other
 
 
-def merge(qwen: Qwen2VLForConditionalGeneration, target: Qwen2VLForConditionalGeneration) -> None:
+def merge(qwen: PreTrainedModel, target: PreTrainedModel) -> None:
     """Writes the weights of the linear maps that have an adapter, merged, into a model that has none."""
     for name, linear in adapted(qwen).items():
         target.get_submodule(name).weight.copy_(linear.merged())

@@ -1,4 +1,4 @@
-"""From prompts to log-probs: Qwen2-VL under plain torch.
+"""From prompts to log-probs: Qwen2-VL, Qwen2.5-VL or Qwen3-VL under plain torch.
 
 From top to bottom: a batch of prompts, the log-prob of a token, the policy (first the plain way, a row for each
 completion), the same with each prompt in the sequence once, and the seam where attention is changed. Nothing of
@@ -6,6 +6,7 @@ training is here, and nothing of sampling, which is in sampler.py.
 
 Letters: B prompts, N rows (completions), P prompt tokens, C completion tokens, V vocabulary, S vision patches, D hidden
 size, H heads of size d (keys and values: H_kv). Packed, that is without padding: M tokens of all completions, T in all.
+K is 0, or of Qwen3-VL the number of text layers behind which there is more to see (DeepStack, arXiv 2406.04334).
 """
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import Example, normalise, patchify
+from data import FAMILIES, Example, normalise, patchify
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch of prompts on the device.
@@ -31,7 +32,7 @@ class Prompts:
     lengths: Tensor  # (B,) int64
     position_ids: Tensor  # (3, tokens) int64: time, height, width of M-RoPE
     next_position: Tensor  # (B,) int64: the position of the first completion token, on all three axes
-    pixel_values: Tensor  # (S, 1176) float32, normalised: the patches of all prompts, in the order of their tokens
+    pixel_values: Tensor  # (S, 1176) uint8 (Qwen3-VL: 1536): the patches of all prompts, in the order of their tokens
     grid_thw: Tensor  # (videos and images, 3) int64: patches in time, height and width
 
 
@@ -42,9 +43,7 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
     """
     pixels = [(values, grid) for e in examples
               for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw))
-              if values is not None]
-    if not pixels:  # The vision tower has to run as well: on a token's patches that no prompt has a place for.
-        pixels = [patchify(np.zeros((1, 28, 28, 3), np.uint8))]
+              if values is not None] or [(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64))]
     prompt_ids = [e.prompt_ids for e in examples] or [torch.zeros(1, dtype=torch.int64)]
     position_ids = [e.position_ids for e in examples] or [torch.zeros(3, 1, dtype=torch.int64)]
     batch = Prompts(
@@ -53,21 +52,31 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
         position_ids=torch.cat(position_ids, dim=1),
         # Not the length: a video of 648 tokens advances the positions by 9 only (its grid's largest side, in tokens).
         next_position=torch.stack([positions.max() + 1 for positions in position_ids]),
-        pixel_values=normalise(torch.cat([values for values, _ in pixels]).to(device)),  # moved as bytes
+        pixel_values=torch.cat([values for values, _ in pixels]),
         grid_thw=torch.cat([grid for _, grid in pixels]))
     return Prompts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
-def embed_prompts(qwen: Qwen2VLForConditionalGeneration, prompts: Prompts) -> Tensor:
-    """Token embeddings, in the places of vision tokens the vision tower's outputs: (tokens of all prompts, D)."""
+def embed_prompts(qwen: PreTrainedModel, prompts: Prompts) -> Tensor:
+    """Token embeddings, those of vision tokens from the vision tower: (tokens of all prompts, 1 + K, D)."""
+    family, patches, grid_thw = FAMILIES[qwen.config.model_type], prompts.pixel_values, prompts.grid_thw
+    if not len(patches):  # The tower has to run on every rank: on a token's patches that no prompt has a place for.
+        square = np.zeros((1, family.token_size, family.token_size, 3), np.uint8)
+        patches, grid_thw = (x.to(prompts.ids.device) for x in patchify(square, family))
     # One pass for videos and images alike: to the tower an image is a video of one temporal patch.
-    vision = qwen.model.visual(prompts.pixel_values, grid_thw=prompts.grid_thw).pooler_output  # (S / 4, D)
+    vision = qwen.model.visual(normalise(patches, family), grid_thw=grid_thw)
+    vision = torch.stack([vision.pooler_output, *getattr(vision, "deepstack_features", [])], dim=1)  # (S / 4, 1 + K, D)
     is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
-    embeds = qwen.get_input_embeddings()(prompts.ids)
-    return embeds.masked_scatter(is_vision[:, None], vision.to(embeds.dtype))
+    embeds = embed_tokens(qwen, prompts.ids, K=vision.shape[1] - 1)
+    return embeds.masked_scatter(is_vision[:, None, None], vision.to(embeds.dtype))
 
 
-def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer, device: torch.device) -> Tensor:
+def embed_tokens(qwen: PreTrainedModel, ids: Tensor, K: int = 0) -> Tensor:
+    """The embeddings of text, with nothing to add behind the first K layers: (tokens,) -> (tokens, 1 + K, D)."""
+    return F.pad(qwen.get_input_embeddings()(ids)[:, None], (0, 0, 0, K))
+
+
+def end_token_ids(qwen: PreTrainedModel, tokenizer, device: torch.device) -> Tensor:
     """Tokens that end a completion: the turn's end, <|im_end|>, and whatever else the generation config names.
 
     This list is all that is ever taken from the generation config. Qwen2-VL ships top_k=1 in it: code that inherits its
@@ -78,7 +87,7 @@ def end_token_ids(qwen: Qwen2VLForConditionalGeneration, tokenizer, device: torc
     return torch.tensor(sorted({tokenizer.convert_tokens_to_ids("<|im_end|>"), *ends}), device=device)
 
 
-def vision_token_ids(qwen: Qwen2VLForConditionalGeneration, device: torch.device) -> Tensor:
+def vision_token_ids(qwen: PreTrainedModel, device: torch.device) -> Tensor:
     """Tokens that stand for pixels. A completion with one of them has no pixels for it and crashes the next forward."""
     config = qwen.config
     return torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id,
@@ -132,7 +141,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 class Policy(nn.Module):
     """pi_theta: the FSDP root around Qwen2-VL. All that must run on gathered weights happens inside its one forward."""
 
-    def __init__(self, qwen: Qwen2VLForConditionalGeneration, compute_dtype: torch.dtype, naive: bool = False):
+    def __init__(self, qwen: PreTrainedModel, compute_dtype: torch.dtype, naive: bool = False):
         super().__init__()
         self.qwen, self.compute_dtype, self.naive = use_our_attention(qwen), compute_dtype, naive
 
@@ -171,13 +180,11 @@ class Policy(nn.Module):
             ids = completion_ids[n, completion_mask[n]]
             # Token t of a completion is at its prompt's next_position + t on all three axes.
             own_positions = prompts.next_position[b] + torch.arange(len(ids), device=ids.device)
-            embeds.append(torch.cat([prompt_embeds[b], self.qwen.get_input_embeddings()(ids)]))
+            embeds.append(torch.cat([prompt_embeds[b], embed_tokens(self.qwen, ids, prompt_embeds[b].shape[1] - 1)]))
             position_ids.append(torch.cat([prompt_positions[b], own_positions.expand(3, -1)], dim=1).T)
-        embeds = pad_sequence(embeds, batch_first=True)  # (N, P + C, D)
+        embeds = pad_sequence(embeds, batch_first=True)  # (N, P + C, 1 + K, D)
         position_ids = pad_sequence(position_ids, batch_first=True).permute(2, 0, 1)  # (3, N, P + C)
-        # No mask: the model is causal, and there is nothing but padding behind a row's last token.
-        hidden = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids,
-                                                use_cache=False).last_hidden_state  # (N, P + C, D)
+        hidden = text_states(self.qwen, embeds, position_ids)  # (N, P + C, D)
         # The state at a column predicts the next token: prompt tokens get no logits and no gradient of their own.
         before = prompts.lengths[row_prompt] - 1
         return torch.cat([row[i:i + m] for row, i, m in zip(hidden, before.tolist(), completion_mask.sum(1).tolist())])
@@ -188,10 +195,11 @@ class Policy(nn.Module):
         shared = SharedPrompts(prompts.lengths, completion_mask.sum(1), row_prompt)
         offsets = torch.arange(completion_ids.shape[1], device=completion_ids.device)
         own_positions = (prompts.next_position[row_prompt, None] + offsets)[completion_mask].expand(3, -1)  # (3, M)
-        own_embeds = self.qwen.get_input_embeddings()(completion_ids[completion_mask])  # (M, D)
-        embeds = torch.cat([embed_prompts(self.qwen, prompts), own_embeds])  # (T, D)
-        position_ids = torch.cat([prompts.position_ids, own_positions], dim=1)  # (3, T)
-        return text_states(self.qwen, embeds, position_ids, shared.attend).index_select(0, shared.predictors)
+        embeds = embed_prompts(self.qwen, prompts)  # (T - M, 1 + K, D)
+        own_embeds = embed_tokens(self.qwen, completion_ids[completion_mask], embeds.shape[1] - 1)  # (M, 1 + K, D)
+        embeds = torch.cat([embeds, own_embeds])[None]  # (1, T, 1 + K, D)
+        position_ids = torch.cat([prompts.position_ids, own_positions], dim=1)[:, None]  # (3, 1, T)
+        return text_states(self.qwen, embeds, position_ids, shared.attend)[0].index_select(0, shared.predictors)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,21 +280,25 @@ def repeat_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
 # which is decided by `attend(layer, query, key, value)`, the place to record or change attention. There are three:
 # SharedPrompts.attend (learning), GroupCache.attend (a new token) and attend_causally (prompts, in both).
 
-def text_states(qwen: Qwen2VLForConditionalGeneration, embeds: Tensor, position_ids: Tensor, attend) -> Tensor:
-    """The text model's last states (T, D) of T tokens, embeds (T, D) at position_ids (3, T), that see what `attend`
-    lets them.
+def text_states(qwen: PreTrainedModel, embeds: Tensor, position_ids: Tensor, attend=None) -> Tensor:
+    """The text model's last states (N, T, D) of N rows of T tokens, embeds (N, T, 1 + K, D) at position_ids (3, N, T).
 
-    `attend(layer, query, key, value)` is called in each layer, with (H, T, d) and (H_kv, T, d) twice, rotated to their
-    positions, and returns (T, H, d). RuntimeError where another implementation was set in the meantime: it would ignore
-    `attend`.
+    A token sees its row up to itself (padding stands on the right, so there is no mask). With `attend` N is 1, and it
+    sees what that lets it: `attend(layer, query, key, value)` is called in each layer, with (H, T, d) and (H_kv, T, d)
+    twice, rotated to their positions, and returns (T, H, d). RuntimeError where another implementation was set in the
+    meantime: it would ignore `attend`.
     """
     found = qwen.model.language_model.config._attn_implementation
     if found != "shared_prompts":
         raise RuntimeError(f"the attention of this model was set to {found!r}, which does not know which rows share a "
                            "prompt; to record or change attention, write into `attend` (model.py)")
-    # A dict means that masks are ready made: there is none, because `attend` does the masking.
-    return qwen.model.language_model(inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False,
-                                     attention_mask={"full_attention": None}, attend=attend).last_hidden_state[0]
+    embeds, *deepstack = embeds.unbind(2)
+    # To text zeros are added: less to carry around than which tokens are vision.
+    everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    extra = {"deepstack_visual_embeds": [x.flatten(0, 1) for x in deepstack],
+             "visual_pos_masks": everywhere} if deepstack else {}
+    return qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False, attend=attend,
+                                     **extra).last_hidden_state
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **kwargs):
@@ -298,7 +310,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask:
     return attend(module.layer_idx, query[0], key[0], value[0])[None], None
 
 
-def use_our_attention(qwen: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGeneration:
+def use_our_attention(qwen: PreTrainedModel) -> PreTrainedModel:
     """Makes the text model's layers call `attention`; the vision tower keeps its own."""
     ALL_ATTENTION_FUNCTIONS.register("shared_prompts", attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("shared_prompts", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -40,11 +40,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import cached_file
 
 import lora
-from data import VIDEO, Example, PixelSettings, Question, VideoDataset, leave_out, load_questions
+from data import (
+    FAMILIES,
+    MERGE_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    VIDEO,
+    Example,
+    Family,
+    PixelSettings,
+    Question,
+    VideoDataset,
+    encode_prompt,
+    leave_out,
+    load_questions,
+)
 from model import Policy, use_our_attention
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,7 +90,7 @@ def arg(default, meaning: str, least: float | None = None, most: float | None = 
 @dataclass
 class RunArgs:
     """What trainers and evaluation have in common. ValueError for a number outside its range."""
-    model: str = arg("toy", "local folder or hub id of a Qwen2-VL; 'toy' is the tiny one in this repository")
+    model: str = arg("toy", "local folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; 'toy' is the tiny one here")
     data_root: str = arg("toy", "folder with annotations/, videos/, images/; 'toy' builds the toy world on first use")
     output_dir: str = arg("out/run", "what the run writes goes here; a run that is there already is moved aside")
     resume: bool = arg(False, "continue what is in output_dir; where there is nothing, begin")
@@ -87,7 +100,7 @@ class RunArgs:
     num_frames: int = arg(16, "most frames of a video, even", least=2)
     min_frames: int = arg(4, "fewest frames of a video, even", least=2)
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
-    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28")
+    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, for Qwen3-VL of 32")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
@@ -335,16 +348,28 @@ def load_config(model: str):
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model}: no folder of a model, and none on the hub: {str(error):.200}") from None
-    if config.model_type != "qwen2_vl":
-        raise ValueError(f"--model {model}: its model_type is {config.model_type!r}; give a Qwen2-VL ('qwen2_vl')")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"--model {model}: its model_type is {config.model_type!r}; give one of {', '.join(FAMILIES)}")
     return config
+
+
+def load_family(model: str) -> Family:
+    """What the family of --model reads, by its config: transformers' class has 4 tokens per second, all releases 2."""
+    config = load_config(model)
+    vision = config.vision_config
+    if (vision.temporal_patch_size, vision.spatial_merge_size) != (TEMPORAL_PATCH_SIZE, MERGE_SIZE):
+        raise ValueError(f"--model {model}: its tokens are of {vision.temporal_patch_size} frames, and "
+                         f"{vision.spatial_merge_size} patches a side; of a {config.model_type} both must be 2")
+    return replace(FAMILIES[config.model_type], patch_size=vision.patch_size,
+                   tokens_per_second=getattr(vision, "tokens_per_second", 0))
 
 
 def load_tokenizer(model: str):
     """The tokenizer of a local folder or hub id.
 
     ValueError if its vision tokens are not those of the model: then no pixel would arrive where the model expects it,
-    and whole runs have been trained without a video that nobody missed (Qwen-VL-Series-Finetune#207).
+    and whole runs have been trained without a video that nobody missed (Qwen-VL-Series-Finetune#207). The same if its
+    chat template is not that of `encode_prompt`: a -Thinking model, for one, begins its turns with <think>.
     """
     config, tokenizer = load_config(model), transformers.AutoTokenizer.from_pretrained(model)
     for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id)):
@@ -352,11 +377,18 @@ def load_tokenizer(model: str):
         if found != wanted:
             raise ValueError(f"--model {model}: {token} is token {found} of its tokenizer and {wanted} of its config; "
                              "take both from one model")
+    if tokenizer.chat_template:
+        wanted = encode_prompt(tokenizer, FAMILIES[config.model_type], "Hello")
+        found = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True,
+                                              return_dict=False)
+        if found != wanted.tolist():
+            raise ValueError(f"--model {model}: its chat template writes {tokenizer.decode(found)!r}, and this code "
+                             f"{tokenizer.decode(wanted)!r}; take an -Instruct model")
     return tokenizer
 
 
-def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
-    """Qwen2-VL from a local folder or hub id (safetensors only), on the CPU, whole on rank 0 and *empty* elsewhere.
+def load_qwen(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a local folder or hub id (safetensors only), on the CPU, whole on rank 0 and *empty* elsewhere.
 
     Only rank 0 reads the file: 8 ranks of float32 7B would need 265 GB of host memory. The other ranks get the right
     shapes on memory that nobody has written, and their shards arrive by broadcast in `shard`.
@@ -371,23 +403,23 @@ def load_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration
     return qwen
 
 
-def read_qwen(model: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
-    """Qwen2-VL from a local folder or hub id; ValueError if its tensors are not just those of its config.
+def read_qwen(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a local folder or hub id; ValueError if its tensors are not just those of its config.
 
     The library fills what is missing with random numbers, and says so in a table among other lines.
     """
     load_config(model)  # refuses another kind of model
-    qwen, loaded = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype, use_safetensors=True,
-                                                                   output_loading_info=True)
+    qwen, loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True,
+                                                               output_loading_info=True)
     if wrong := {key: sorted(map(str, names))[:3] for key, names in loaded.items() if names}:
         raise ValueError(f"--model {model}: its files do not fit its config: {wrong}; get it whole")
     return qwen
 
 
-def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL whose weights hold no values yet. Building on "meta" skips minutes of random init for 7B."""
+def empty_qwen(config, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model whose weights hold no values yet. Building on "meta" skips minutes of random init for 7B."""
     with torch.device("meta"):
-        qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
+        qwen = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     qwen = qwen.to_empty(device=device)
     qwen.tie_weights()  # to_empty gives embedding and lm_head separate memory; 2B shares them, 7B does not
     return qwen
@@ -471,7 +503,7 @@ def load_reference(args, policy: Policy, device: torch.device) -> Policy | None:
 # The sampler, and the way from shards to whole weights.
 
 @torch.no_grad()
-def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None) -> None:
+def copy_weights(policy: Policy, target: PreTrainedModel | None) -> None:
     """Gathers the weights, cast to the compute dtype first (half the traffic), into `target`; None only takes part.
 
     One all-gather for each unit of `shard`, as in a forward pass: 63 for 7B, not one for each of its 730 parameters.
@@ -491,8 +523,8 @@ def copy_weights(policy: Policy, target: Qwen2VLForConditionalGeneration | None)
 
 
 @torch.no_grad()
-def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """An unsharded Qwen2-VL in the compute dtype; `copy_weights` fills it. Rotary buffers stay float32."""
+def plain_copy(policy: Policy, device: torch.device) -> PreTrainedModel:
+    """An unsharded model in the compute dtype; `copy_weights` fills it. Rotary buffers stay float32."""
     qwen = empty_qwen(policy.qwen.config, policy.compute_dtype, device).eval().requires_grad_(False)
     for buffer, source in zip(qwen.buffers(), policy.qwen.buffers(), strict=True):
         buffer.copy_(source)
@@ -500,14 +532,14 @@ def plain_copy(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGen
     return use_our_attention(qwen)
 
 
-def make_sampler(policy: Policy, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def make_sampler(policy: Policy, device: torch.device) -> PreTrainedModel:
     """The copy that samples, equal to the policy; `copy_weights` renews it before the next rollout. Collective."""
     sampler = lora.share(policy.qwen, adapters=True) if lora.adapted(policy) else plain_copy(policy, device)
     copy_weights(policy, sampler)
     return sampler
 
 
-def load_sampler(args, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def load_sampler(args, device: torch.device) -> PreTrainedModel:
     """The model of --model as a sampler that nobody trains, for evaluation: each rank reads a whole copy for itself."""
     return use_our_attention(read_qwen(args.model, DTYPES[args.dtype])).to(device).eval().requires_grad_(False)
 
@@ -529,7 +561,7 @@ def export(policy: Policy, tokenizer, args, folder: Path) -> None:
         on_rank_0(lora.save_adapters, adapters, args, folder.with_name("adapters"))
 
 
-def write_model(qwen: Qwen2VLForConditionalGeneration, tokenizer, source: str, folder: Path) -> None:
+def write_model(qwen: PreTrainedModel, tokenizer, source: str, folder: Path) -> None:
     """Under another name until it is whole: half a model would look like one."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -562,7 +594,7 @@ def load_training_set(args, tokenizer, for_sft: bool) -> tuple[VideoDataset, int
     if dist.get_rank() == 0 and any(question.options and (question.goal or question.part) for question in questions):
         print(f"!!! {args.train_file} is an evaluation file: it cannot evaluate what was trained on it !!!")
     questions = leave_out(questions, args.leave_out)
-    dataset = VideoDataset(questions, tokenizer, args.pixel_settings(), args.seed, args.video)
+    dataset = VideoDataset(questions, tokenizer, load_family(args.model), args.pixel_settings(), args.seed, args.video)
     longest = max((question.response for question in questions), key=len)
     check_length(args, dataset, len(tokenizer(longest)["input_ids"]) if for_sft else args.max_completion_length)
     if dist.get_rank() == 0:

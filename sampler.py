@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
+from model import Packing, Prompts, attend_causally, embed_prompts, embed_tokens, mask_from_lengths, text_states
 
 
 class Completions(NamedTuple):
@@ -40,7 +40,7 @@ def generate(sampler, prompts: Prompts, group_size: int, max_completion_length: 
              seeds: list[int] | None, end_ids: Tensor, banned_ids: Tensor, caches: dict | None = None) -> Completions:
     """G completions for each of B prompts.
 
-    Args: sampler, an unsharded Qwen2-VL; temperature, 0 takes the likeliest token (and log-probs are those of
+    Args: sampler, an unsharded model; temperature, 0 takes the likeliest token (and log-probs are those of
         temperature 1); seeds, one per prompt, so that what a prompt's group draws depends neither on its neighbours in
         the batch nor on the rank (None when greedy); end_ids, tokens that end a completion; banned_ids, tokens that are
         never drawn; caches, where those of `CapturedCache` stay from call to call, empty at first (None: none are kept,
@@ -110,7 +110,7 @@ class GroupCache:
         self.sampler, self.B, self.G = sampler, B, G  # both shrink when rows leave
         config = sampler.config.text_config
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        d = config.hidden_size // config.num_attention_heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         zeros = partial(torch.zeros, device=device)
         self.column = zeros(1, dtype=torch.int64)  # of a completion, where the next token goes
         self.columns = torch.arange(C, device=device)
@@ -137,19 +137,20 @@ class GroupCache:
             self.prompt_values[layer][:, :, :key.shape[2]] = value
             return out
 
-        hidden = text_states(self.sampler, embed_prompts(self.sampler, prompts), prompts.position_ids, attend_and_keep)
-        return hidden[packing.last].repeat_interleave(self.G, dim=0)
+        embeds, position_ids = embed_prompts(self.sampler, prompts), prompts.position_ids
+        hidden = text_states(self.sampler, embeds[None], position_ids[:, None], attend_and_keep)
+        return hidden[0, packing.last].repeat_interleave(self.G, dim=0)
 
     def feed(self, token: Tensor) -> Tensor:
         """Appends a token (R,) to each row; returns the states (R, D) that predict the next. Waits for no value."""
         self.width = min(self.width + 1, len(self.columns))
         own = (self.columns[:self.width] <= self.column).expand(self.B, -1)  # (B, W); False in a graph alone
         unseen = ~torch.cat([self.prompt_mask, own], dim=1)[:, None, None]  # (B, 1, 1, P + W) bool
-        positions = (self.first_position + self.column).expand(3, -1)
-        hidden = text_states(self.sampler, self.sampler.get_input_embeddings()(token), positions,
+        positions = (self.first_position + self.column).expand(3, 1, -1)
+        hidden = text_states(self.sampler, embed_tokens(self.sampler, token)[None], positions,
                              partial(self.attend, unseen=unseen))
         self.column += 1
-        return hidden
+        return hidden[0]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:
         """Each row's new token sees its prompt and its own completion: (H, R, d), (H_kv, R, d) twice -> (R, H, d)."""

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
 from data import VideoDataset, grade, load_questions
 from evaluate import TOY, Args, answer
-from runtime import load_sampler, load_tokenizer, setup
+from runtime import load_family, load_sampler, load_tokenizer, setup
 
 SWAPS = {  # which video a question gets: is `other` one of those to choose from?
     "its own": lambda question, other: other is question,
@@ -37,7 +37,7 @@ def main(model: str, file: str = "annotations/validation_L1.jsonl") -> None:
         rng = random.Random(0)
         shown = [rng.choice([other for other in questions if fits(question, other)]) for question in questions]
         swapped = [dataclasses.replace(a, video=b.video) for a, b in zip(questions, shown)]
-        dataset = VideoDataset(swapped, tokenizer, args.pixel_settings(), seed=0)
+        dataset = VideoDataset(swapped, tokenizer, load_family(model), args.pixel_settings(), seed=0)
         counts = [0, 0, 0]
         for i in range(0, len(questions), args.batch_size):
             examples = [dataset[0, j] for j in range(i, min(i + args.batch_size, len(questions)))]

@@ -38,7 +38,7 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import toy  # noqa: E402
-from data import Example, normalise, patchify, rope_positions  # noqa: E402
+from data import FAMILIES, Example, normalise, patchify, rope_positions  # noqa: E402
 from model import Policy, collate_prompts, token_logps, use_our_attention, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, load_sampler, make_sampler, setup  # noqa: E402
 from sampler import generate  # noqa: E402
@@ -84,14 +84,14 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
         for name, count, token in (("videos", frames, config.video_token_id), ("image", 1, config.image_token_id)):
             if count:
                 frame_bytes = torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8)
-                pixels[name] = patchify(frame_bytes.numpy())
+                pixels[name] = patchify(frame_bytes.numpy(), FAMILIES["qwen2_vl"])
                 run = torch.full((len(pixels[name][0]) // 4,), token)
                 start, end = config.vision_start_token_id, config.vision_end_token_id
                 pieces += [torch.tensor([start]), run, torch.tensor([end])]
         pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
         ids = torch.cat(pieces)
         grids = [grid for _, grid in pixels.values()]
-        positions = rope_positions(ids, grids, config.image_token_id, config.video_token_id)
+        positions = rope_positions(ids, grids, 1, config.image_token_id, config.video_token_id)
         video = pixels.get("videos", (None, None))
         examples.append(Example(None, (), "", "", ids, positions, *video, *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
@@ -99,7 +99,7 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
 
 def normalised(example: Example) -> Example:
     """The example as Hugging Face's models take it: its patches float32, not bytes."""
-    pixels = {name: normalise(patches) for name in ("pixel_values_videos", "pixel_values")
+    pixels = {name: normalise(patches, FAMILIES["qwen2_vl"]) for name in ("pixel_values_videos", "pixel_values")
               if (patches := getattr(example, name)) is not None}
     return dataclasses.replace(example, **pixels)
 

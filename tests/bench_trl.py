@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import runtime  # noqa: E402
 import toy  # noqa: E402
 from bench import count, table_row  # noqa: E402
-from data import Example, patchify, rope_positions  # noqa: E402
+from data import FAMILIES, Example, patchify, rope_positions  # noqa: E402
 from grpo_video import Args, group_advantages, grpo_token_loss, token_weights  # noqa: E402
 from model import collate_prompts, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, make_sampler, setup  # noqa: E402
@@ -133,8 +133,8 @@ def main(rounds: int, shape: str = "toy", side: str = "both") -> None:
         ids = processor.apply_chat_template(
             [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True,
             return_dict=True, return_tensors="pt")["input_ids"][0]
-        patches, grids = zip(*(patchify(np.asarray(image)[None]) for image in nine))
-        positions = rope_positions(ids, list(grids), config.image_token_id, config.video_token_id)
+        patches, grids = zip(*(patchify(np.asarray(image)[None], FAMILIES["qwen2_vl"]) for image in nine))
+        positions = rope_positions(ids, list(grids), 1, config.image_token_id, config.video_token_id)
         examples.append(Example(None, (), "", "", ids, positions, pixel_values=torch.cat(patches),
                                 image_grid_thw=torch.cat(grids)))
     if side != "TRL":

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets/toy_base"), str(ROOT / "docs")]
 
 import float64  # noqa: E402
 import toy  # noqa: E402
-from data import PixelSettings, VideoDataset, load_questions  # noqa: E402
+from data import FAMILIES, PixelSettings, VideoDataset, load_questions  # noqa: E402
 from runtime import load_tokenizer, setup  # noqa: E402
 
 # One thread: a tiny model gains nothing from two, and two crawl when another process wants a core.
@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 float64.lift()
 
+QWEN2_VL = FAMILIES["qwen2_vl"]  # the family of the toy world's base
 # 4 or 6 frames of the toy world's videos of 8 or 12 s, so that prompts are ragged.
 PIXELS = PixelSettings(fps=0.5, image_size=56)
 
@@ -49,7 +50,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def dataset(world, tokenizer):
-    return VideoDataset(load_questions("annotations/training_6k.jsonl", world), tokenizer, PIXELS, seed=0)
+    return VideoDataset(load_questions("annotations/training_6k.jsonl", world), tokenizer, QWEN2_VL, PIXELS, seed=0)
 
 
 @pytest.fixture(scope="session")

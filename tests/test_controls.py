@@ -14,7 +14,7 @@ import evaluate
 import grpo_video
 import sft_video
 import toy
-from conftest import PIXELS
+from conftest import PIXELS, QWEN2_VL
 from data import (
     VIDEO,
     VideoDataset,
@@ -37,7 +37,7 @@ def questions(world):
 
 
 def shown(questions, tokenizer, video, seed=0):
-    return VideoDataset(questions, tokenizer, PIXELS, seed, video)
+    return VideoDataset(questions, tokenizer, QWEN2_VL, PIXELS, seed, video)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_frames_of_each_setting_equal_a_loop():
 
 def test_only_the_video_changes(questions, tokenizer, index):
     full = shown(questions, tokenizer, "full")[0, index]
-    frames = read_video(questions[index].video, PIXELS)
-    image, _ = patchify(read_image(questions[index].image, PIXELS))
-    assert torch.equal(full.pixel_values_videos, patchify(frames)[0])
+    frames, _ = read_video(questions[index].video, PIXELS)
+    image, _ = patchify(read_image(questions[index].image, PIXELS), QWEN2_VL)
+    assert torch.equal(full.pixel_values_videos, patchify(frames, QWEN2_VL)[0])
     wanted = {"blank": np.full_like(frames, 128), "reversed": frames[::-1],
               "single_frame": np.stack([frames[-1]] * len(frames))}
     for video in ("blank", "shuffled", "reversed", "single_frame", "random"):
@@ -89,7 +89,7 @@ def test_only_the_video_changes(questions, tokenizer, index):
             assert torch.equal(example.prompt_ids, full.prompt_ids)
             assert torch.equal(example.position_ids, full.position_ids)
         if video in wanted:
-            assert torch.equal(example.pixel_values_videos, patchify(wanted[video].copy())[0])
+            assert torch.equal(example.pixel_values_videos, patchify(wanted[video].copy(), QWEN2_VL)[0])
 
 
 def test_questions_without_a_video_stay_as_they_are(questions, tokenizer):
@@ -107,7 +107,7 @@ def test_another_video_is_one_of_another_progress_and_follows_from_seed_and_epoc
     assert set(others) == {path for path, question in videos.items() if len(question.progress) != 3}  # so not its own
     elsewhere = [question for question in questions if question.video and len(question.progress) != 3]
     few = [questions[index], *elsewhere[:6]]
-    patches = {str(question.video): patchify(read_video(question.video, PIXELS))[0] for question in few}
+    patches = {str(question.video): patchify(read_video(question.video, PIXELS)[0], QWEN2_VL)[0] for question in few}
 
     def drawn(seed, epoch):
         values = shown(few, tokenizer, "random", seed)[epoch, 0].pixel_values_videos

@@ -1,6 +1,7 @@
 """data.py against Hugging Face (patches, positions, prompt), explicit loops, another decoder, and broken files."""
 import ctypes
 import faulthandler
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 import data
 from data import PixelSettings, Question
 
+QWEN2_VL = data.FAMILIES["qwen2_vl"]
 SMALL, PAPERS = PixelSettings(num_frames=8, image_size=56), PixelSettings()
 STEPS = [{"narration_text": "open drawer", "start_frame": 0, "stop_frame": 9}]
 EGOPLAN = {"sample_id": 7, "video_source": "Ego4D", "video_id": "v", "task_goal": "cut the onion",
@@ -126,7 +128,7 @@ def test_long_video_bench_shape(root):
 def test_free_form_shape(root, tokenizer):
     (question,) = load(root, FREE_FORM)
     assert question == Question("4", "How many?", (root / "videos/long.mp4").resolve(), None, gold="three")
-    example = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
+    example = data.VideoDataset([question], tokenizer, QWEN2_VL, SMALL, seed=0)[0, 0]
     assert example.options == () and example.gold == "three"
     assert example.prompt_text == "How many?\n" + data.FREE_FORM_INSTRUCTION
 
@@ -400,8 +402,8 @@ def test_user_text():
     (30000, 29.97, PAPERS, 16), (64, 8, SMALL, 8), (16, 8, SMALL, 4), (24, 8, SMALL, 6),
     (500, 25, PixelSettings(num_frames=32), 32),
     (100, 25, PixelSettings(fps=1.0), 4), (100, 25, PixelSettings(min_frames=2, num_frames=2), 2)])
-def test_frame_indices(num_total, fps, frames, want_count):
-    indices = data.frame_indices(num_total, fps, frames)
+def test_sample_frames(num_total, fps, frames, want_count):
+    indices = data.sample_frames(num_total, fps, frames)[0]
     assert indices.dtype == np.int64 and len(indices) == want_count and want_count % 2 == 0
     assert indices[0] == 0 and indices[-1] == num_total - 1
     want = [i * (num_total - 1) / (want_count - 1) for i in range(want_count)]
@@ -409,15 +411,14 @@ def test_frame_indices(num_total, fps, frames, want_count):
 
 
 @pytest.mark.parametrize("num_total, fps", [(0, 30), (10, 0), (10, -1), (10, float("nan")), (10, float("inf"))])
-def test_frame_indices_refuses(num_total, fps):
+def test_sample_frames_refuses(num_total, fps):
     with pytest.raises(ValueError, match="above 0"):
-        data.frame_indices(num_total, fps, PixelSettings())
+        data.sample_frames(num_total, fps, PixelSettings())
 
 
 @pytest.mark.parametrize("field, value", [
     ("fps", 0), ("fps", float("nan")), ("min_frames", 3), ("min_frames", 0), ("num_frames", 2), ("num_frames", 15),
-    ("image_size", 250),
-    ("image_size", 0), ("timeout_s", 0), ("timeout_s", float("inf"))])
+    ("image_size", 250), ("image_size", 0), ("timeout_s", 0), ("timeout_s", float("inf"))])
 def test_frames_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field} is"):
         PixelSettings(**{field: value})
@@ -431,12 +432,12 @@ def test_video_frames_equal_another_decoder(tmp_path, num_frames, fps, size, wan
     """One frame, short videos, a long one (with B frames, and seeks between frames that are taken), against PyAV."""
     path = tmp_path / "clip.mp4"
     write_video(path, num_frames, fps, size)
-    pixels = data.read_video(path, SMALL)
+    pixels, _ = data.read_video(path, SMALL)
     assert pixels.shape == (want_count, 56, 56, 3) and pixels.dtype == np.uint8
     with av.open(str(path)) as container:
         levels = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
     assert len(levels) == num_frames
-    want = [levels[i] for i in data.frame_indices(num_frames, fps, SMALL)]
+    want = [levels[i] for i in data.sample_frames(num_frames, fps, SMALL)[0]]
     assert np.abs(pixels.mean(axis=(1, 2, 3)) - want).max() < 2  # neighbours differ by 6
     assert pixels.std(axis=(1, 2)).max() < 2
 
@@ -551,9 +552,10 @@ def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
     frames = PixelSettings(image_size=28, num_frames=4, cache=str(cache))
     decoded, read = [], data.read_video
     monkeypatch.setattr(data, "read_video", lambda path, frames: decoded.append(path) or read(path, frames))
-    first, again = (data.cached_video(path, frames) for _ in range(2))
+    (first, seconds), (again, same) = (data.cached_video(path, frames) for _ in range(2))
     assert len(decoded) == 1 and first.dtype == again.dtype == np.uint8
-    assert np.array_equal(first, again) and np.array_equal(first, data.read_video(path, frames))
+    assert np.array_equal(first, again) and np.array_equal(first, data.read_video(path, frames)[0])
+    assert np.array_equal(seconds, same) and np.array_equal(seconds, data.read_video(path, frames)[1])
     assert [file.suffix for file in cache.iterdir()] == [".npy"]  # whole files only
     del decoded[:]
     for change in (dict(image_size=56), dict(num_frames=6), dict(min_frames=2), dict(fps=1.0)):
@@ -569,24 +571,27 @@ def test_frames_are_cached_by_file_and_settings(broken, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY"])
 def test_damaged_cache_files_are_made_again(broken, tmp_path, damage):
     frames = PixelSettings(image_size=28, num_frames=4, cache=str(tmp_path))
-    first = data.cached_video(broken / "good.mp4", frames)
+    first, _ = data.cached_video(broken / "good.mp4", frames)
     cached, = tmp_path.iterdir()
     cached.write_bytes(damage)
-    assert np.array_equal(data.cached_video(broken / "good.mp4", frames), first)
+    assert np.array_equal(data.cached_video(broken / "good.mp4", frames)[0], first)
     assert np.array_equal(np.load(cached), first)
 
 
 def test_half_a_cache_file_is_never_seen(broken, tmp_path, monkeypatch):
     frames = PixelSettings(image_size=28, num_frames=4, cache=str(tmp_path))
 
-    def full_disk(file, pixels):
+    def full_disk(file, array):
+        if isinstance(file, io.BytesIO):  # on its way from the child
+            return save(file, array)
         file.write(b"half")
         raise OSError("64 requested and 32 written")  # as NumPy says it
 
+    save = np.save
     monkeypatch.setattr(np, "save", full_disk)
     with pytest.warns(UserWarning, match="frame cache .* no room"):
-        pixels = data.cached_video(broken / "good.mp4", frames)
-    assert np.array_equal(pixels, data.read_video(broken / "good.mp4", frames))
+        pixels, _ = data.cached_video(broken / "good.mp4", frames)
+    assert np.array_equal(pixels, data.read_video(broken / "good.mp4", frames)[0])
     assert not list(tmp_path.iterdir())
 
 
@@ -602,18 +607,18 @@ def test_unreadable_videos_are_not_cached(broken, tmp_path):
 @pytest.mark.parametrize("height, width", [(28, 28), (56, 56), (84, 28), (28, 140), (252, 252)])
 def test_image_patches_equal_hugging_face(height, width):
     pixels = random_pixels(1, height, width, 3)
-    patches, grid = data.patchify(pixels)
+    patches, grid = data.patchify(pixels, QWEN2_VL)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 1280})
     want = processor(images=[Image.fromarray(pixels[0])], return_tensors="pt")
     assert grid.dtype == torch.int64 and torch.equal(grid, want["image_grid_thw"])
     assert patches.dtype == torch.uint8 and patches.shape == want["pixel_values"].shape
-    assert torch.allclose(data.normalise(patches), want["pixel_values"], rtol=0, atol=1e-6)
+    assert torch.allclose(data.normalise(patches, QWEN2_VL), want["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("F, height, width", [(2, 28, 28), (4, 56, 84), (6, 84, 56), (1, 28, 56)])
 def test_video_patches_equal_a_loop(F, height, width):
     pixels = random_pixels(F, height, width, 3)
-    patches, grid = data.patchify(pixels)
+    patches, grid = data.patchify(pixels, QWEN2_VL)
     want = []
     for t in range(0, F, 2):
         for token_row in range(0, height, 28):  # tokens row by row, the four patches of a token row by row inside it
@@ -625,10 +630,10 @@ def test_video_patches_equal_a_loop(F, height, width):
                             for y in range(token_row + row, token_row + row + 14):
                                 for x in range(token_column + column, token_column + column + 14):
                                     value = pixels[frame, y, x, channel] / 255
-                                    patch.append((value - data.IMAGE_MEAN[channel]) / data.IMAGE_STD[channel])
+                                    patch.append((value - QWEN2_VL.mean[channel]) / QWEN2_VL.std[channel])
                     want.append(patch)
     assert grid.tolist() == [[(F + 1) // 2, height // 14, width // 14]] and patches.dtype == torch.uint8
-    values = data.normalise(patches)
+    values = data.normalise(patches, QWEN2_VL)
     assert values.dtype == torch.float32
     assert torch.allclose(values.double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
 
@@ -636,16 +641,17 @@ def test_video_patches_equal_a_loop(F, height, width):
 def test_patches_are_normalised_as_pixels_would_be():
     # To the last bit: patchify only moves numbers, so frames that were normalised before it must give the same patches.
     pixels = np.arange(256, dtype=np.uint8)[:, None, None, None].repeat(28, 1).repeat(28, 2).repeat(3, 3)
-    values = torch.tensor(pixels).float().div(255).sub(torch.tensor(data.IMAGE_MEAN)).div(torch.tensor(data.IMAGE_STD))
-    patches, _ = data.patchify(pixels)
+    values = torch.tensor(pixels).float().div(255).sub(torch.tensor(QWEN2_VL.mean)).div(torch.tensor(QWEN2_VL.std))
+    patches, _ = data.patchify(pixels, QWEN2_VL)
     before = patches.clone()
-    assert torch.equal(data.normalise(patches), data.patchify(values.numpy())[0]) and torch.equal(patches, before)
+    assert torch.equal(data.normalise(patches, QWEN2_VL), data.patchify(values.numpy(), QWEN2_VL)[0])
+    assert torch.equal(patches, before)
 
 
 def test_patches_of_a_still_video_are_those_of_the_image():
     image = random_pixels(1, 56, 56, 3)
-    one, _ = data.patchify(image)
-    four, grid = data.patchify(image.repeat(4, axis=0))
+    one, _ = data.patchify(image, QWEN2_VL)
+    four, grid = data.patchify(image.repeat(4, axis=0), QWEN2_VL)
     assert grid.tolist() == [[2, 4, 4]] and torch.equal(four, torch.cat([one, one]))
 
 
@@ -653,12 +659,12 @@ def test_patches_of_a_still_video_are_those_of_the_image():
     (2, 30, 28, 3), (2, 28, 14, 3), (3, 28, 28, 3), (0, 28, 28, 3), (2, 28, 28, 4), (2, 0, 28, 3), (5, 28, 28, 3)])
 def test_patchify_refuses(shape):
     with pytest.raises(ValueError, match="pixels"):
-        data.patchify(np.zeros(shape, np.uint8))
+        data.patchify(np.zeros(shape, np.uint8), QWEN2_VL)
 
 
 def test_patchify_does_not_write_into_its_input():
     pixels = np.full((2, 28, 28, 3), 9, np.uint8)
-    data.patchify(pixels)
+    data.patchify(pixels, QWEN2_VL)
     assert (pixels == 9).all()
 
 
@@ -685,7 +691,7 @@ def test_prompt_equals_the_chat_template(tokenizer, video, image, text):
     for kind, grid in (("video", video), ("image", image)):
         if grid:
             want = want.replace(f"<|{kind}_pad|>", f"<|{kind}_pad|>" * (grid[0] * grid[1] * grid[2] // 4))
-    got = data.encode_prompt(tokenizer, text, as_grid(video), as_grid(image))
+    got = data.encode_prompt(tokenizer, QWEN2_VL, text, as_grid(video), as_grid(image))
     assert got.dtype == torch.int64 and got.ndim == 1
     assert got.tolist() == tokenizer(want, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(got) == want
@@ -694,7 +700,7 @@ def test_prompt_equals_the_chat_template(tokenizer, video, image, text):
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|video_pad|>", "<|image_pad|>", "<|endoftext|>", "<|im_start|>"])
 def test_prompt_refuses_special_tokens_in_its_text(tokenizer, token):
     with pytest.raises(ValueError, match="video_pad|image_pad|im_|endof"):
-        data.encode_prompt(tokenizer, f"a {token}b")
+        data.encode_prompt(tokenizer, QWEN2_VL, f"a {token}b")
 
 
 @pytest.fixture(scope="module")
@@ -709,12 +715,12 @@ def qwen():
 
 def positions_of(tokenizer, ids, *grids):
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return data.rope_positions(ids, [as_grid(grid) for grid in grids if grid], image_id, video_id)
+    return data.rope_positions(ids, [as_grid(grid) for grid in grids if grid], 1, image_id, video_id)
 
 
 @pytest.mark.parametrize("video, image", GRIDS)
 def test_positions_equal_hugging_face(tokenizer, qwen, video, image):
-    ids = data.encode_prompt(tokenizer, "What next?", as_grid(video), as_grid(image))
+    ids = data.encode_prompt(tokenizer, QWEN2_VL, "What next?", as_grid(video), as_grid(image))
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     types = (ids == image_id).int() + 2 * (ids == video_id).int()
     want, _ = qwen.get_rope_index(ids[None], types[None], image_grid_thw=as_grid(image), video_grid_thw=as_grid(video))
@@ -742,7 +748,7 @@ def test_positions_equal_a_loop(tokenizer, video, image):
                     for column in range(columns):
                         want.append((position + t, position + row, position + column))
             position += max(time_steps, rows, columns)
-    ids = data.encode_prompt(tokenizer, "q", as_grid(video), as_grid(image))
+    ids = data.encode_prompt(tokenizer, QWEN2_VL, "q", as_grid(video), as_grid(image))
     assert positions_of(tokenizer, ids, video, image).T.tolist() == [list(triple) for triple in want]
 
 
@@ -750,7 +756,7 @@ def test_positions_equal_a_loop(tokenizer, video, image):
     [], [(2, 4, 4)], [(1, 4, 4), (2, 4, 4)], [(2, 4, 4), (1, 4, 4), (1, 4, 4)], [(2, 4, 6), (1, 4, 4)], [(2, 4, 4),
     (1, 2, 2)]])
 def test_positions_refuse_grids_that_do_not_fit(tokenizer, grids):
-    ids = data.encode_prompt(tokenizer, "q", as_grid((2, 4, 4)), as_grid((1, 4, 4)))
+    ids = data.encode_prompt(tokenizer, QWEN2_VL, "q", as_grid((2, 4, 4)), as_grid((1, 4, 4)))
     assert positions_of(tokenizer, ids, (2, 4, 4), (1, 4, 4)).shape == (3, len(ids))
     with pytest.raises(ValueError, match="grids"):
         positions_of(tokenizer, ids, *grids)
@@ -900,18 +906,18 @@ def test_the_step_number_alone_resumes():
 
 def test_examples_of_all_shapes(root, tokenizer):
     questions = [load(root, record)[0] for record in SHAPES.values()]
-    dataset = data.VideoDataset(questions, tokenizer, SMALL, seed=0)
+    dataset = data.VideoDataset(questions, tokenizer, QWEN2_VL, SMALL, seed=0)
     assert len(dataset) == 5
     training, validation, long_video, sft = (dataset[0, i] for i in range(4))
-    video, video_grid = data.patchify(data.read_video(root / "videos/Ego4D/clip.mp4", SMALL))
-    image, image_grid = data.patchify(data.read_image(root / "images/Ego4D/now.png", SMALL))
+    video, video_grid = data.patchify(data.read_video(root / "videos/Ego4D/clip.mp4", SMALL)[0], QWEN2_VL)
+    image, image_grid = data.patchify(data.read_image(root / "images/Ego4D/now.png", SMALL), QWEN2_VL)
     assert video.shape == (64, 1176) and video_grid.tolist() == [[4, 4, 4]] and image_grid.tolist() == [[1, 4, 4]]
     for example in (training, validation, sft):
         assert example.error == ""
         assert torch.equal(example.pixel_values_videos, video) and torch.equal(example.video_grid_thw, video_grid)
         assert example.pixel_values_videos.dtype == example.pixel_values.dtype == torch.uint8  # bytes until a batch
         assert torch.equal(example.pixel_values, image) and torch.equal(example.image_grid_thw, image_grid)
-        ids = data.encode_prompt(tokenizer, example.prompt_text, video_grid, image_grid)
+        ids = data.encode_prompt(tokenizer, QWEN2_VL, example.prompt_text, video_grid, image_grid)
         assert torch.equal(example.prompt_ids, ids)
         assert torch.equal(example.position_ids, positions_of(tokenizer, ids, (4, 4, 4), (1, 4, 4)))
     assert long_video.pixel_values is None and long_video.image_grid_thw is None
@@ -926,7 +932,7 @@ def test_examples_of_all_shapes(root, tokenizer):
 
 def test_image_only_examples(root, tokenizer):
     (question,) = load(root, {**TRAINING, "task_progress_metadata": []})
-    image = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
+    image = data.VideoDataset([question], tokenizer, QWEN2_VL, SMALL, seed=0)[0, 0]
     assert image.pixel_values_videos is None and image.video_grid_thw is None and image.pixel_values.shape == (16, 1176)
     assert image.position_ids.shape == (3, len(image.prompt_ids)) and not image.error
 
@@ -934,7 +940,7 @@ def test_image_only_examples(root, tokenizer):
 @pytest.mark.parametrize("field", ["video_basename", "current_observation_basename"])
 def test_unreadable_pixels_become_an_error_and_nothing_else(root, tokenizer, field):
     (question,) = load(root, {**TRAINING, field: "gone.mp4"})
-    example = data.VideoDataset([question], tokenizer, SMALL, seed=0)[0, 0]
+    example = data.VideoDataset([question], tokenizer, QWEN2_VL, SMALL, seed=0)[0, 0]
     assert "gone.mp4" in example.error and example.question is question
     assert (example.options, example.gold) == data.build_options(question, 0, 0)
     assert example.prompt_ids.shape == (0,) and example.prompt_ids.dtype == torch.int64
@@ -946,7 +952,7 @@ def test_unreadable_pixels_become_an_error_and_nothing_else(root, tokenizer, fie
 def dataset(root, tokenizer):
     names = ["clip.mp4", "clip.mp4", "gone.mp4", "clip.mp4", "clip.mp4"]
     questions = load(root, *({**TRAINING, "sample_id": i, "video_basename": name} for i, name in enumerate(names)))
-    return data.VideoDataset(questions, tokenizer, SMALL, seed=0)
+    return data.VideoDataset(questions, tokenizer, QWEN2_VL, SMALL, seed=0)
 
 
 def test_loader_keeps_the_order_with_and_without_workers(dataset):
@@ -1001,6 +1007,6 @@ def test_a_hung_video_does_not_stop_the_loader(root, tokenizer, broken, monkeypa
     decode = data.decode_video
     monkeypatch.setattr(data, "decode_video", lambda path, settings: decode(path, settings)
                         if path == good.video else time.sleep(60))
-    dataset = data.VideoDataset(questions, tokenizer, replace(SMALL, timeout_s=0.5), seed=0)
+    dataset = data.VideoDataset(questions, tokenizer, QWEN2_VL, replace(SMALL, timeout_s=0.5), seed=0)
     (batch,) = data.make_loader(dataset, [[(0, 1), (0, 0)]], num_workers=1)
     assert "longer than 0.5 s" in batch[0].error and batch[1].error == ""

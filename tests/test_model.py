@@ -563,7 +563,7 @@ def test_export_reloads_with_equal_logits(tmp_path, tokenizer, ragged, device, t
 
 def test_another_kind_of_model_is_refused(tmp_path, device):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
-    with pytest.raises(ValueError, match="qwen2'.*give a Qwen2-VL"):
+    with pytest.raises(ValueError, match="qwen2'.*give one of qwen2_vl"):
         load_policy(load_args(model=str(tmp_path)), device)
     with pytest.raises(ValueError, match="int8"):
         Args(dtype="int8")

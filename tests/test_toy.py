@@ -15,14 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import check
 import pretrain
 import toy
+from conftest import QWEN2_VL
 from data import (
     VideoDataset,
     build_options,
     encode_prompt,
-    frame_indices,
     load_questions,
     parse_answer,
     read_image,
+    sample_frames,
     user_text,
 )
 
@@ -104,7 +105,7 @@ def test_videos_differ_in_length_and_prompts_do_not(root, tokenizer):
         if video is not None:
             seconds[len(steps_of(record))].add(len(video) / toy.NATIVE_FPS)
     assert all(seconds[done] == {8, 12} for done in range(1, 6))
-    dataset = VideoDataset(load_questions("annotations/training_6k.jsonl", root), tokenizer, toy.PIXELS, 0)
+    dataset = VideoDataset(load_questions("annotations/training_6k.jsonl", root), tokenizer, QWEN2_VL, toy.PIXELS, 0)
     for i, question in enumerate(dataset.questions[:160]):
         example = dataset[0, i]
         assert read_image(question.image, toy.PIXELS).shape == (1, 56, 56, 3)
@@ -150,7 +151,7 @@ def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
 def sampled_steps(steps, beats, beat_frames):
     """The step that each sampled frame of a video shows."""
     frames = [step for step, lasts in zip(steps, beats) for _ in range(lasts * beat_frames)]
-    return tuple(frames[i] for i in frame_indices(len(frames), toy.NATIVE_FPS, toy.PIXELS))
+    return tuple(frames[i] for i in sample_frames(len(frames), toy.NATIVE_FPS, toy.PIXELS)[0])
 
 
 def best_guess(goals, observe):
@@ -423,7 +424,7 @@ def test_the_chat_template_is_the_prompt(tokenizer):
     message = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     one = torch.tensor([[1, 2, 2]])  # a grid that takes one token
-    assert tokenizer(text)["input_ids"] == encode_prompt(tokenizer, "What next?\n", one, one).tolist()
+    assert tokenizer(text)["input_ids"] == encode_prompt(tokenizer, QWEN2_VL, "What next?\n", one, one).tolist()
     plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
              {"role": "assistant", "content": "Ho"}]
     assert tokenizer.apply_chat_template(plain, tokenize=False) == (

@@ -22,7 +22,7 @@ import sampler
 import sft_video
 import toy
 from bench import normalised
-from conftest import ROOT
+from conftest import QWEN2_VL, ROOT
 from data import VideoDataset, load_questions, step_batch
 from runtime import parse_args
 
@@ -235,7 +235,7 @@ def test_a_step_does_the_work_that_it_should(tmp_path, world, tokenizer, monkeyp
     with counting(monkeypatch) as done:
         grpo_video.main(grpo_args(tmp_path, prompts_per_step=3, micro_batch_size=24, learn_flat_groups=True, **changes))
     m, = metrics_of(tmp_path)
-    dataset = VideoDataset(load_questions("annotations/training_6k.jsonl", world), tokenizer, toy.PIXELS, 0)
+    dataset = VideoDataset(load_questions("annotations/training_6k.jsonl", world), tokenizer, QWEN2_VL, toy.PIXELS, 0)
     examples = [dataset[pair] for pair in step_batch(0, 3, len(dataset), 0)]
     prompt_tokens = sum(len(e.prompt_ids) for e in examples)
     patches = sum(len(x) for e in examples for x in (e.pixel_values_videos, e.pixel_values) if x is not None)
@@ -290,15 +290,15 @@ def test_the_longest_prompt_is_known_without_reading_a_video(world, tokenizer):
     questions = load_questions("annotations/training_6k.jsonl", world)[:40]
     settings = grpo_args("unused").pixel_settings()
     for video in ("full", "text_only"):
-        dataset = VideoDataset(questions, tokenizer, settings, 0, video)
+        dataset = VideoDataset(questions, tokenizer, QWEN2_VL, settings, 0, video)
         longest = max(len(dataset[0, i].prompt_ids) for i in range(len(questions)))
         # The text of most letters is not always that of most tokens.
         assert longest - 4 <= dataset.longest_prompt() <= longest + 4
     videos = [question for question in questions if question.video]
     for num_frames, image_size in ((8, 56), (128, 112), (16, 448)):
         settings = grpo_args("unused", num_frames=num_frames, image_size=image_size).pixel_settings()
-        both = VideoDataset(videos, tokenizer, settings, 0).longest_prompt()
-        none = VideoDataset(videos, tokenizer, settings, 0, "text_only").longest_prompt()
+        both = VideoDataset(videos, tokenizer, QWEN2_VL, settings, 0).longest_prompt()
+        none = VideoDataset(videos, tokenizer, QWEN2_VL, settings, 0, "text_only").longest_prompt()
         assert both - none == (num_frames // 2 + 1) * (image_size // 28) ** 2 + 2 * 2  # and where each begins and ends
 
 
@@ -491,7 +491,7 @@ def test_sft_loss_is_hugging_faces(tmp_path, tokenizer, world):
     # One step of records that Hugging Face sees one at a time, with labels of -100 on the prompt.
     sft_video.main(sft_args(tmp_path, prompts_per_step=4, micro_batch_size=3, max_questions=4))
     questions = load_questions("annotations/training_with_cot_6k.jsonl", world)[:4]
-    records = VideoDataset(questions, tokenizer, toy.PIXELS, 0)
+    records = VideoDataset(questions, tokenizer, QWEN2_VL, toy.PIXELS, 0)
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float32)
     total = count = 0
     for example in (normalised(records[0, i]) for i in range(4)):

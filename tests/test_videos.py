@@ -58,7 +58,7 @@ def shown(path):
 
 
 def levels_of(path, settings=SMALL):
-    pixels = data.read_video(path, settings)
+    pixels, _ = data.read_video(path, settings)
     assert pixels.std(axis=(1, 2)).max() < 3  # flat, and not a mixture
     return pixels.mean(axis=(1, 2, 3))
 
@@ -130,8 +130,8 @@ def test_a_constant_rate_is_spread_as_ever(fps, unit):
         times = np.stack([begins[:-1], begins[1:]], axis=1)
         for settings in SETTINGS:
             want = formula(n, fps, settings)
-            assert data.frame_indices(n, fps, settings).tolist() == want
-            assert data.frame_indices(n, fps, settings, times).tolist() == want, (n, settings)
+            assert data.sample_frames(n, fps, settings)[0].tolist() == want
+            assert data.sample_frames(n, fps, settings, times)[0].tolist() == want, (n, settings)
 
 
 # decord 0.6.0 takes other frames than these in the middle of such files, or finds none: with either version of data.py.
@@ -154,14 +154,14 @@ def test_containers_of_a_constant_rate(tmp_path, monkeypatch, name, codec, rate)
             grey = np.full((48, 64, 3), (40, 200, 90, 150)[i % 4] + i // 4, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         container.mux(stream.encode())
-    choose = data.frame_indices
+    choose = data.sample_frames
 
     def chooses(*args):
-        chosen.extend(choose(*args).tolist())
+        chosen.extend(choose(*args)[0].tolist())
         raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(data, "frame_indices", chooses)
+        patch.setattr(data, "sample_frames", chooses)
         data.decode_video(path, SMALL)
     assert chosen == want
     assert data.CONTAINER.match(data.first_bytes(path))
@@ -185,7 +185,7 @@ def test_the_columns_of_a_narrow_video(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 16, 24, "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    pixels = data.read_video(path, SMALL)
+    pixels, _ = data.read_video(path, SMALL)
     assert abs(pixels[:, :, :20].mean() - 20) < 4 and abs(pixels[:, :, -20:].mean() - 220) < 4
 
 
@@ -283,7 +283,7 @@ def test_what_this_machine_lacks_is_no_bad_sample(tmp_path, monkeypatch, number)
     video = Question("1", "q", write_video(tmp_path / "clip.mp4", range(0, 400, 40)), None)
     Image.new("L", (9, 9)).save(tmp_path / "now.png")
     image = Question("2", "q", None, tmp_path / "now.png")
-    dataset = VideoDataset([video, image], None, SMALL, seed=0)
+    dataset = VideoDataset([video, image], None, None, SMALL, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fork", fails)
         with pytest.raises(OSError):
@@ -333,8 +333,8 @@ def twice(path, settings):
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            pixels = data.cached_video(path, settings)
-        assert np.array_equal(pixels, data.read_video(path, settings))
+            pixels, _ = data.cached_video(path, settings)
+        assert np.array_equal(pixels, data.read_video(path, settings)[0])
         said.append([str(warning.message) for warning in caught])
     return said
 
@@ -488,10 +488,13 @@ def test_the_command_reads_all_files_and_fills_the_cache(root, workers):
     status, out, error = check(root, *flags)
     assert status == 0 and out.strip() == "3 questions, 2 with video, 3 with image; 0 unreadable", (out, error)
     (cached,) = (root / "cache").iterdir()
-    want = data.read_video(root / "videos/s/a.mp4", SMALL)
-    assert np.array_equal(np.load(cached), want)
-    cached.write_bytes(cached.read_bytes()[:-3] + b"\1\2\3")  # what training reads from then on
-    again = data.cached_video((root / "videos/s/a.mp4").resolve(), replace(SMALL, cache=str(root / "cache")))
+    want, _ = data.read_video(root / "videos/s/a.mp4", SMALL)
+    with open(cached, "rb") as file:
+        assert np.array_equal(np.load(file), want)
+        end = file.tell()
+    content = cached.read_bytes()
+    cached.write_bytes(content[:end - 3] + b"\1\2\3" + content[end:])  # what training reads from then on
+    again, _ = data.cached_video((root / "videos/s/a.mp4").resolve(), replace(SMALL, cache=str(root / "cache")))
     assert again[-1, -1, -1].tolist() == [1, 2, 3]
 
 

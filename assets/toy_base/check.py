@@ -18,7 +18,7 @@ sys.path[:0] = [str(BASE), str(BASE.parent.parent)]
 
 from data import Example, control_frames, parse_answer, user_text
 from model import collate_prompts, end_token_ids, vision_token_ids
-from pretrain import LIST_QUESTION, PRETRAINING_HAZE, random_steps, sample_frames, to_example
+from pretrain import LIST_QUESTION, PRETRAINING_HAZE, frames_taken, random_steps, to_example
 from runtime import load_sampler, load_tokenizer, setup
 from sampler import completion_text, generate
 from toy import (
@@ -51,7 +51,7 @@ def list_examples(tokenizer, n: int, video: str, haze: tuple[float, float],
     rng, pixel_rng, drawn = random.Random(seed), np.random.default_rng(seed), []
     for _ in range(n):
         steps, kitchen, view = random_steps(rng, ACTIONS), draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
-        frames = sample_frames(draw_video(kitchen, draw_beats(steps, pixel_rng), view, pixel_rng))
+        frames = frames_taken(draw_video(kitchen, draw_beats(steps, pixel_rng), view, pixel_rng))
         frames = control_frames(frames, video, rng)
         drawn.append((to_example(tokenizer, LIST_QUESTION, frames, draw_image(kitchen, (), view, pixel_rng)), steps))
     return drawn
@@ -96,7 +96,7 @@ def task_examples(tokenizer, n: int, goals: list[str], haze: tuple[float, float]
         kitchen, view = draw_kitchen(pixel_rng), draw_view(pixel_rng, haze)
         beats = draw_beats(recipe[:done], pixel_rng)
         video, image = draw_video(kitchen, beats, view, pixel_rng), draw_image(kitchen, beats, view, pixel_rng)
-        example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), sample_frames(video), image)
+        example = to_example(tokenizer, user_text(question_for(goal), tuple(options)), frames_taken(video), image)
         example.options, example.gold = tuple(options), "ABCD"[options.index(recipe[done])]
         drawn.append((example, recipe[done], beats))
     return drawn

@@ -25,7 +25,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 BASE = Path(__file__).resolve().parent
 sys.path.insert(0, str(BASE.parent.parent))
 
-from data import IMAGE_MEAN, IMAGE_STD, Example, encode_prompt, frame_indices, patchify, rope_positions, user_text
+from data import FAMILIES, Example, encode_prompt, patchify, rope_positions, sample_frames, user_text, vision_runs
 from model import Policy, collate_prompts, mask_from_lengths
 from toy import (
     ACTIONS,
@@ -56,6 +56,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_s
                   "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # Qwen2-VL's, in its order
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", " (A)", " (B)", " (C)", " (D)"]  # one token each, not special
+FAMILY = FAMILIES["qwen2_vl"]
 LIST_QUESTION = "Which steps does the video show?"
 TOO_DARK = "<think>It is too dark.</think><answer>unclear</answer>"
 CHAT_TEMPLATE = """\
@@ -206,22 +207,22 @@ def make_example(tokenizer, number: int, seed: int) -> tuple[Example, Tensor]:
         text, response = LIST_QUESTION, say_seen(beats)
     # In a list the image would tell the first object.
     image = draw_image(kitchen, beats if kind == "task" else (), view, pixel_rng)
-    frames = sample_frames(draw_video(kitchen, beats, view, pixel_rng)) if beats else None
+    frames = frames_taken(draw_video(kitchen, beats, view, pixel_rng)) if beats else None
     return to_example(tokenizer, text, frames, image), torch.tensor(tokenizer(response + "<|im_end|>")["input_ids"])
 
 
-def sample_frames(video: np.ndarray) -> np.ndarray:
+def frames_taken(video: np.ndarray) -> np.ndarray:
     """The 16 frames (16, 56, 56, 3) that data.py would take of a video."""
-    return video[frame_indices(len(video), NATIVE_FPS, PIXELS)]
+    return video[sample_frames(len(video), NATIVE_FPS, PIXELS)[0]]
 
 
 def to_example(tokenizer, text: str, frames: np.ndarray | None, image: np.ndarray) -> Example:
     """What data.py makes of a record, but from arrays: sampled frames (16, 56, 56, 3) and an image (56, 56, 3)."""
-    video = (None, None) if frames is None else patchify(frames)
-    image = patchify(image[None])
-    prompt_ids = encode_prompt(tokenizer, text, video[1], image[1])
+    video = (None, None) if frames is None else patchify(frames, FAMILY)
+    image = patchify(image[None], FAMILY)
+    prompt_ids = encode_prompt(tokenizer, FAMILY, text, video[1], image[1])
     pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    positions = rope_positions(prompt_ids, [grid for grid in (video[1], image[1]) if grid is not None], *pads)
+    positions = rope_positions(prompt_ids, vision_runs(FAMILY, video[1], image[1]), 1.0, *pads)
     return Example(None, (), "", text, prompt_ids, positions, *video, *image)
 
 
@@ -276,7 +277,7 @@ def write_base(qwen, tokenizer, folder: Path = BASE) -> None:
     area = SIZE * SIZE
     pixels = {"min_pixels": area, "max_pixels": area, "size": {"shortest_edge": area, "longest_edge": area},
               "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-              "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+              "image_mean": FAMILY.mean, "image_std": FAMILY.std}
     for name, content in {
         # The sampling options are Qwen2-VL's own. Whoever inherits them draws eight equal completions (top_k is 1).
         "generation_config": {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad], "do_sample": True,

@@ -1,0 +1,51 @@
+"""Tiny random models of each family, in folders as `save_pretrained` writes them, with the toy world's tokenizer.
+
+Small, but not so small that a mistake would not show: the text model's heads are not hidden size / number of heads wide
+where the family has a head_dim, windows of the vision tower are smaller than the grid, and what its layers add behind
+text layers (deepstack) is added behind more than one.
+"""
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+import toy
+
+VISION = {
+    "qwen2_vl": dict(depth=3, embed_dim=48, hidden_size=64, num_heads=3, mlp_ratio=2),
+    # Windows of 56 pixels are 2 x 2 tokens; the middle layer sees all of a time step.
+    "qwen2_5_vl": dict(depth=3, hidden_size=48, out_hidden_size=64, num_heads=3, intermediate_size=80, window_size=56,
+                       fullatt_block_indexes=[1], tokens_per_second=2),
+    "qwen3_vl": dict(depth=4, hidden_size=48, out_hidden_size=64, num_heads=3, intermediate_size=80,
+                     num_position_embeddings=64, deepstack_visual_indexes=[0, 2]),
+}
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=4096)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0) -> Path:
+    """Writes the folder and returns it. Weights are normal with a deviation of 0.1, so that no logits are all alike."""
+    tokenizer = AutoTokenizer.from_pretrained(toy.BASE)
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
+        ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
+        ("vision_end_token_id", "vision_end"))}
+    text = dict(TEXT, vocab_size=len(tokenizer), rope_parameters=dict(ROPE, mrope_section=[2, 3, 3]))
+    text |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+             for name, token in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
+    if model_type == "qwen3_vl":
+        text |= dict(head_dim=24, rope_parameters=dict(ROPE, mrope_section=[4, 4, 4], mrope_interleaved=True))
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=copy.deepcopy(VISION[model_type]),
+                                  tie_word_embeddings=tied, **ids)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+    if model_type == "qwen3_vl":  # no system line
+        lines = tokenizer.chat_template.split("\n")
+        tokenizer.chat_template = "\n".join(line for line in lines if "system" not in line)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
