@@ -354,14 +354,15 @@ def load_config(model: str):
 
 
 def load_family(model: str) -> Family:
-    """What the family of --model reads, by its config: transformers' class has 4 tokens per second, all releases 2."""
+    """What the family of --model reads, its numbers from the config: transformers' class has 4 tokens per second, the
+    releases 2."""
     config = load_config(model)
-    vision = config.vision_config
+    family, vision = FAMILIES[config.model_type], config.vision_config
     if (vision.temporal_patch_size, vision.spatial_merge_size) != (TEMPORAL_PATCH_SIZE, MERGE_SIZE):
         raise ValueError(f"--model {model}: its tokens are of {vision.temporal_patch_size} frames, and "
                          f"{vision.spatial_merge_size} patches a side; of a {config.model_type} both must be 2")
-    return replace(FAMILIES[config.model_type], patch_size=vision.patch_size,
-                   tokens_per_second=getattr(vision, "tokens_per_second", 0))
+    return replace(family, patch_size=vision.patch_size,
+                   tokens_per_second=family.tokens_per_second and vision.tokens_per_second)
 
 
 def load_tokenizer(model: str):

@@ -108,12 +108,14 @@ def test_a_varying_rate_is_spread_in_time(tmp_path, suffix, codec, kind):
     times, levels = shown(path)
     assert np.abs(times - starts / 1000).max() < 1e-3
     settings = PixelSettings(num_frames=32, image_size=56)
-    got = levels_of(path, settings)
+    got, (_, seconds) = levels_of(path, settings), data.read_video(path, settings)
     assert abs(len(got) - end / 1000 * settings.fps) <= 2 and len(got) % 2 == 0
     for i, level in enumerate(got):  # what is on the screen then; within a millisecond of a change either frame will do
         now = i * times[-1] / (len(got) - 1)
         on_screen = {np.flatnonzero(times <= now + slack)[-1] for slack in (-1e-3 if i else 0, 1e-3)}
         assert min(abs(levels[k] - level) for k in on_screen) < 2, i
+        assert min(abs(times[k] - seconds[i]) for k in on_screen) < 2e-3  # when it came on the screen, not `now`
+    assert len(seconds) == len(got) + 1 and times[-1] < seconds[-1] < end / 1000 + 0.2
 
 
 SETTINGS = [PixelSettings(), SMALL, PixelSettings(fps=1.0), PixelSettings(fps=7.3, num_frames=64),
@@ -130,8 +132,11 @@ def test_a_constant_rate_is_spread_as_ever(fps, unit):
         times = np.stack([begins[:-1], begins[1:]], axis=1)
         for settings in SETTINGS:
             want = formula(n, fps, settings)
-            assert data.sample_frames(n, fps, settings)[0].tolist() == want
-            assert data.sample_frames(n, fps, settings, times)[0].tolist() == want, (n, settings)
+            for given in (None, times):
+                indices, seconds = data.sample_frames(n, fps, settings, given)
+                assert indices.tolist() == want, (n, settings)
+                # To the last digit, so that both halves of a tie are written as transformers writes them.
+                assert seconds.tolist() == [i / fps for i in (*want, n)]
 
 
 # decord 0.6.0 takes other frames than these in the middle of such files, or finds none: with either version of data.py.
