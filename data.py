@@ -340,9 +340,9 @@ def vision_runs(family: Family, *grids: Tensor | None) -> list[Tensor]:
     """The grid_thw (1, 3) of each run of vision tokens: a video or image, or where timestamps stand between them, a
     time step."""
     runs = []
-    for grid in (grid for grid in grids if grid is not None):
-        steps = [torch.cat([torch.ones(1, 1, dtype=torch.int64), grid[:, 1:]], dim=1)] * int(grid[0, 0])
-        runs += steps if family.timestamps else [grid]
+    for grid in [grid for grid in grids if grid is not None]:
+        time, height, width = grid[0].tolist()
+        runs += [torch.tensor([[1, height, width]])] * time if family.timestamps else [grid]
     return runs
 
 
@@ -360,21 +360,26 @@ def encode_prompt(tokenizer, family: Family, text: str, video_grid_thw: Tensor |
     """
     if found := FORBIDDEN.search(text):
         raise ValueError(f"the text {text!r:.200} has {found.group()!r} in it; take it out or spell it differently")
-    stamps = []
-    if video_grid_thw is not None and family.timestamps:  # of a time step: the mean of its two frames
-        stamps = [f"<{second:.1f} seconds>" for second in seconds[:-1].reshape(-1, TEMPORAL_PATCH_SIZE).mean(axis=1)]
-    vision = ""
-    for pad, grid in (("<|video_pad|>", video_grid_thw), ("<|image_pad|>", image_grid_thw)):
-        for run in vision_runs(family, grid):
-            stamp = stamps.pop(0) if stamps else ""
-            vision += f"{stamp}<|vision_start|>{pad * num_tokens(run)}<|vision_end|>"
+    video = image = ""
+    if video_grid_thw is not None:
+        stamps = [""]
+        if family.timestamps:  # the mean of a time step's frames
+            means = seconds[:-1].reshape(-1, TEMPORAL_PATCH_SIZE).mean(axis=1)
+            stamps = [f"<{second:.1f} seconds>" for second in means]
+        for stamp, run in zip(stamps, vision_runs(family, video_grid_thw), strict=True):
+            video += stamp + "<|vision_start|>" + "<|video_pad|>" * num_tokens(run) + "<|vision_end|>"
+    if image_grid_thw is not None:
+        image = "<|vision_start|>" + "<|image_pad|>" * num_tokens(image_grid_thw) + "<|vision_end|>"
     system = f"<|im_start|>system\n{family.system}<|im_end|>\n" if family.system else ""
-    prompt = f"{system}<|im_start|>user\n{vision}{text}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = f"{system}<|im_start|>user\n{video}{image}{text}<|im_end|>\n<|im_start|>assistant\n"
     return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def time_step(family: Family, seconds: np.ndarray | None) -> float:
-    """How far apart on the time axis the time steps of a video are: 1, or for Qwen2.5-VL so many for its seconds."""
+    """How far apart on the time axis of positions the time steps of a video are: 1, or with Qwen2.5-VL by its seconds.
+
+    Source: Qwen2.5-VL, section 2.1.2. `seconds` are those of `read_video`, None without a video.
+    """
     if seconds is None or not family.tokens_per_second:
         return 1.0
     return family.tokens_per_second * TEMPORAL_PATCH_SIZE * seconds[-1] / (len(seconds) - 1)
