@@ -67,13 +67,14 @@ def embed_prompts(qwen: PreTrainedModel, prompts: Prompts) -> Tensor:
     vision = qwen.model.visual(normalise(patches, family), grid_thw=grid_thw)
     vision = torch.stack([vision.pooler_output, *getattr(vision, "deepstack_features", [])], dim=1)  # (S / 4, 1 + K, D)
     is_vision = (prompts.ids == qwen.config.image_token_id) | (prompts.ids == qwen.config.video_token_id)
-    embeds = embed_tokens(qwen, prompts.ids, K=vision.shape[1] - 1)
+    text = qwen.get_input_embeddings()(prompts.ids)[:, None]
+    embeds = F.pad(text, (0, 0, 0, vision.shape[1] - 1))  # zeros, which layers may add
     return embeds.masked_scatter(is_vision[:, None, None], vision.to(embeds.dtype))
 
 
-def embed_tokens(qwen: PreTrainedModel, ids: Tensor, K: int = 0) -> Tensor:
-    """The embeddings of text, with nothing to add behind the first K layers: (tokens,) -> (tokens, 1 + K, D)."""
-    return F.pad(qwen.get_input_embeddings()(ids)[:, None], (0, 0, 0, K))
+def append_text(embeds: Tensor, text: Tensor) -> Tensor:
+    """Embeddings (tokens, 1 + K, D) and behind them those of text, (M, D), to which no layer adds anything."""
+    return torch.cat([embeds, F.pad(text[:, None], (0, 0, 0, embeds.shape[1] - 1))])
 
 
 def end_token_ids(qwen: PreTrainedModel, tokenizer, device: torch.device) -> Tensor:
@@ -180,7 +181,7 @@ class Policy(nn.Module):
             ids = completion_ids[n, completion_mask[n]]
             # Token t of a completion is at its prompt's next_position + t on all three axes.
             own_positions = prompts.next_position[b] + torch.arange(len(ids), device=ids.device)
-            embeds.append(torch.cat([prompt_embeds[b], embed_tokens(self.qwen, ids, prompt_embeds[b].shape[1] - 1)]))
+            embeds.append(append_text(prompt_embeds[b], self.qwen.get_input_embeddings()(ids)))
             position_ids.append(torch.cat([prompt_positions[b], own_positions.expand(3, -1)], dim=1).T)
         embeds = pad_sequence(embeds, batch_first=True)  # (N, P + C, 1 + K, D)
         position_ids = pad_sequence(position_ids, batch_first=True).permute(2, 0, 1)  # (3, N, P + C)
@@ -195,9 +196,8 @@ class Policy(nn.Module):
         shared = SharedPrompts(prompts.lengths, completion_mask.sum(1), row_prompt)
         offsets = torch.arange(completion_ids.shape[1], device=completion_ids.device)
         own_positions = (prompts.next_position[row_prompt, None] + offsets)[completion_mask].expand(3, -1)  # (3, M)
-        embeds = embed_prompts(self.qwen, prompts)  # (T - M, 1 + K, D)
-        own_embeds = embed_tokens(self.qwen, completion_ids[completion_mask], embeds.shape[1] - 1)  # (M, 1 + K, D)
-        embeds = torch.cat([embeds, own_embeds])[None]  # (1, T, 1 + K, D)
+        own_embeds = self.qwen.get_input_embeddings()(completion_ids[completion_mask])  # (M, D)
+        embeds = append_text(embed_prompts(self.qwen, prompts), own_embeds)[None]  # (1, T, 1 + K, D)
         position_ids = torch.cat([prompts.position_ids, own_positions], dim=1)[:, None]  # (3, 1, T)
         return text_states(self.qwen, embeds, position_ids, shared.attend)[0].index_select(0, shared.predictors)
 

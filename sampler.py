@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Packing, Prompts, attend_causally, embed_prompts, embed_tokens, mask_from_lengths, text_states
+from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
 
 
 class Completions(NamedTuple):
@@ -147,8 +147,8 @@ class GroupCache:
         own = (self.columns[:self.width] <= self.column).expand(self.B, -1)  # (B, W); False in a graph alone
         unseen = ~torch.cat([self.prompt_mask, own], dim=1)[:, None, None]  # (B, 1, 1, P + W) bool
         positions = (self.first_position + self.column).expand(3, 1, -1)
-        hidden = text_states(self.sampler, embed_tokens(self.sampler, token)[None], positions,
-                             partial(self.attend, unseen=unseen))
+        embeds = self.sampler.get_input_embeddings()(token)[None, :, None]  # (1, R, 1, D)
+        hidden = text_states(self.sampler, embeds, positions, partial(self.attend, unseen=unseen))
         self.column += 1
         return hidden[0]
 
