@@ -6,6 +6,7 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
     tokens    the chat prompt with its special tokens, and the (time, height, width) position of each token
     options   the right action and three wrong ones, shuffled by (seed, epoch, id) -> the text of the user turn
     answers   a completion -> the letter that it answers with, or None, and whether it is right
+    reasoning a completion -> the option that it concludes with, and the steps that it says were done
     order     which questions belong to a step follows from its number; worker processes prepare them ahead of training
     decoding  one video, in a child process, since decord can hang or crash
     files     JSONL, or a JSON list, in one of five shapes -> `Question`
@@ -517,6 +518,147 @@ def grade(completion: str, example: Example, parse=parse_answer) -> tuple[str | 
     # several right answers, a comparison of your own goes here.
     parsed = last_answer(completion) or None
     return parsed, parsed is not None and loose(parsed) == loose(example.gold)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reasoning: which option it concludes with, and which steps it says were done. By rules, as a reader skims a text;
+# tests/test_reasoning.py shows on written completions what they can tell, and what not.
+
+STOP_WORDS = frozenset("a an the this that these those of to in on onto into from with at by for and or it its his her "
+                       "their he she they person is are was were be been being has have had up out off c".split())
+IRREGULAR = {"took": "take", "taken": "take", "held": "hold", "brought": "bring", "broke": "break", "broken": "break",
+             "made": "make", "left": "leave", "got": "get", "threw": "throw", "thrown": "throw", "ground": "grind"}
+# A full stop behind a lone capital is that of an option, "B. grab onion".
+CLAUSE_END = re.compile(r"(?<![^\w][A-Z])[.;!?]+(?=\s|$)|\n+|"
+                        r",?\s+(?=(?:so|therefore|thus|hence|but|because|since|while)\b)", re.IGNORECASE)
+CONCLUDES = re.compile(r"\b(?:answers?|conclu\w+|so|therefore|thus|hence|choose|pick|select|go with|next|correct|right|"
+                       r"best|likely|must|should|says|fits|matches)\b", re.IGNORECASE)
+ARTICLE = re.compile(r"\W*A\s+(?!(?:is|was|seems|fits|matches|says|must|would|describes|follows|makes|and|or)\b)[a-z]")
+# An option that is named to be turned down: "not C", "rather than C"; "C is wrong", "C was already done".
+TURNED_DOWN = re.compile(r"(?:\bnot|n't|\bthan|\binstead of|\bout|\beliminat\w+|\bexclud\w+|\bn?either|\bnor)\s+"
+                         r"(?:(?:the|be|it|is|to|options?|answers?|choices?)\s+)*\W*$", re.IGNORECASE)
+IS_DOWN = re.compile(r"\s*(?:(?:is|are|was|were|has|have|does|do|would|can|could|seems?|comes?|been|be)\s+)*"
+                     r"(?:not|\w+n't|wrong|incorrect|unlikely|already|impossible|later|irrelevant|premature|done|"
+                     r"too early)\b", re.IGNORECASE)
+# Clauses that tell of options, or of what is still to come.
+NOT_DONE = re.compile(r"\b(?:next|needs?|should|would|will|could|may|might|must|likely|not|yet|later|options?|answers?|"
+                      r"choices?|goal|task|going|remains?)\b|\([A-Z]\)|^\W*[A-Z][.):]", re.IGNORECASE)
+
+
+def reasoning_clauses(completion: str) -> list[str]:
+    """The clauses of what stands before </think>, or where there is none, before <answer>."""
+    text = re.split("</think>|<answer>", completion)[0].replace("<think>", "")
+    return [clause for clause in CLAUSE_END.split(text) if clause.strip()]
+
+
+def content_words(text: str) -> list[tuple[str, int, int]]:
+    """(stem, begin, end) of each word that carries meaning: "Washing the pots" is wash, pot, and so is "wash pot"."""
+    words = []
+    for match in re.finditer(r"(?<![\w'])[a-z]+", text.lower()):
+        stem = IRREGULAR.get(match.group(), match.group())
+        if stem not in STOP_WORDS:
+            stem = re.sub(r"(?<=[a-z]{2})(?:ing|ed|es|(?<!s)s|e)$", "", stem)
+            stem = re.sub(r"([^aeiou])\1$", r"\1", stem)  # cutting
+            words.append((re.sub("y$", "i", stem), match.start(), match.end()))
+    return words
+
+
+def named_by_letter(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
+    """(begin, end, letter) wherever a clause names an option by its letter."""
+    letters = string.ascii_uppercase[:len(options)]
+    matches = re.finditer(rf"(?<![\w'#])(?:\(([{letters}])\)|([{letters}])(?![\w']))", clause)
+    first_word = clause.find("A") if ARTICLE.match(clause) else -1
+    return [(match.start(), match.end(), match[1] or match[2]) for match in matches if match.start() != first_word]
+
+
+def named_by_text(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
+    """(begin, end, letter) wherever a clause names an option by all its content words, in a row and in their order.
+
+    An option whose text stands inside another's is named where the longer one is not.
+    """
+    words, taken, found = content_words(clause), set(), []
+    for letter, option in sorted(zip(string.ascii_uppercase, options), key=lambda pair: -len(pair[1])):
+        stems = [stem for stem, _, _ in content_words(option)]
+        for i in range(len(words) - len(stems) + 1) if stems else ():
+            place = range(i, i + len(stems))
+            if [stem for stem, _, _ in words[i:i + len(stems)]] == stems and not taken.intersection(place):
+                taken.update(place)
+                found.append((words[i][1], words[place[-1]][2], letter))
+    return found
+
+
+def favoured(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
+    """(begin, end, letter) of each option that a clause names and does not turn down, in their order."""
+    named, down = [], None  # where the last option ended that was turned down: in "not A or B" B is, too
+    for begin, end, letter in sorted(named_by_letter(clause, options) + named_by_text(clause, options)):
+        as_well = down is not None and re.fullmatch(r"\W*(?:and|or|nor)?\W*", clause[down:begin])
+        if as_well or TURNED_DOWN.search(clause[:begin]) or IS_DOWN.match(clause[end:]):
+            down = end
+        else:
+            named.append((begin, end, letter))
+    return named
+
+
+def concluded_option(completion: str, options: tuple[str, ...]) -> str | None:
+    """The letter of the option that the reasoning concludes with, or None where it concludes with none, or with two.
+
+    That is what the last clause with a word such as "answer", "so", "next" or "best" names behind this word, or else
+    before it. Where no clause has one, it is the one option that the last clause names, but not as an item of a list.
+    """
+    clauses = reasoning_clauses(completion)
+    for clause in reversed(clauses):
+        named, words = favoured(clause, options), [match.end() for match in CONCLUDES.finditer(clause)]
+        if named and words:
+            word = max((end for end in words if end <= named[-1][0]), default=None)
+            (_, end, letter), *others = named[-1:] if word is None else [item for item in named if item[0] >= word]
+            undecided = others and others[0][2] != letter and re.fullmatch(r"\W*(?:or|and|/)\s*(?:option\s+)?\W*",
+                                                                           clause[end:others[0][0]])
+            return None if undecided else letter
+    last = {letter for _, _, letter in favoured(clauses[-1], options)} if clauses else set()
+    is_item = clauses and re.match(r"\W*(?:[Oo]ption\s+)?\(?[A-Z]\b", clauses[-1])
+    return last.pop() if len(last) == 1 and not is_item else None
+
+
+def steps_told(text: str, steps: tuple[str, ...]) -> int:
+    """How many of the steps a text names in their order: the longest chain of such.
+
+    A step is named where two thirds of its content words stand close together, in whatever order.
+    """
+    words = [stem for stem, _, _ in content_words(text)]
+    ends = [-1]  # ends[n]: the first place where a chain of n steps can end
+    for step in steps:
+        stems = {stem for stem, _, _ in content_words(step)}
+        width = 2 * len(stems)
+        places = [i for i, word in enumerate(words) if word in stems
+                  and 3 * len(stems.intersection(words[i:i + width])) >= 2 * len(stems)]
+        for n in reversed(range(len(ends))):  # from the longest, so that a step is used once
+            end = next((i + len(stems) - 1 for i in places if i > ends[n]), math.inf)
+            if end < math.inf:
+                ends[n + 1:n + 2] = [min([end, *ends[n + 1:n + 2]])]
+    return len(ends) - 1
+
+
+def agreement_reward(completion: str, example: Example) -> float:
+    """1 if the option that the reasoning concludes with is the one answered, else 0; NaN without options."""
+    if not example.options:
+        return math.nan
+    concluded = concluded_option(completion, example.options)
+    return float(concluded is not None and concluded == parse_answer(completion, example.options))
+
+
+def process_reward(completion: str, example: Example) -> float:
+    """The share of the steps done (`task_progress_metadata`) that the reasoning names as done, in their order, 0 to 1.
+
+    Each option that it names as done, and that was not, counts like a step left out: a list of all that may ever happen
+    scores less than an honest one. Clauses that tell of options or of what is to come name nothing as done. NaN if the
+    record tells no steps.
+    """
+    steps, options = example.question.progress, example.options
+    if not steps:
+        return math.nan
+    told = ", ".join(clause for clause in reasoning_clauses(completion) if not NOT_DONE.search(clause))
+    invented = tuple(option for option in options if option not in steps)
+    return steps_told(told, steps) / (len(steps) + len({letter for *_, letter in named_by_text(told, invented)}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

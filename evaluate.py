@@ -33,7 +33,19 @@ import transformers
 from tqdm import tqdm
 
 import runtime
-from data import Example, VideoDataset, file_names, first_letter, grade, load_questions, make_loader, parse_answer
+from data import (
+    Example,
+    VideoDataset,
+    agreement_reward,
+    concluded_option,
+    file_names,
+    first_letter,
+    grade,
+    load_questions,
+    make_loader,
+    parse_answer,
+    process_reward,
+)
 from model import collate_prompts, end_token_ids, vision_token_ids
 from run import open_folder, write_whole
 from runtime import RunArgs, arg
@@ -133,9 +145,12 @@ def make_record(example: Example, response: str, length: int, truncated: bool, a
     """A line of samples.jsonl, but for the file's name."""
     question, (video, image) = example.question, file_names(example.question)
     parsed, correct = grade(response, example, PARSERS[args.grader])
+    agreement, process = (None if math.isnan(value := judge(response, example)) else value
+                          for judge in (agreement_reward, process_reward))  # as the trainer does
     return {"sample_id": question.id, "part": question.part, "video": video, "image": image,
             "question": question.text, "options": list(example.options), "goal": question.goal,
             "progress": list(question.progress), "gold": example.gold, "parsed": parsed, "correct": correct,
+            "concluded": concluded_option(response, example.options), "agreement": agreement, "process": process,
             "length": length, "truncated": truncated, "error": example.error, "response": response}
 
 
@@ -200,6 +215,12 @@ def chance(records: list[dict]) -> float:
     return sum(1 / len(r["options"]) for r in records if r["options"]) / len(records)
 
 
+def mean(records: list[dict], key: str) -> float | None:
+    """Over the records that have a value; None if none has."""
+    values = [r[key] for r in records if r.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
 def summarise(records: list[dict], video: str = "full") -> list[dict]:
     """One line per file and part of it. Published numbers stand beside those of a run that saw its videos only."""
     table = []
@@ -211,6 +232,8 @@ def summarise(records: list[dict], video: str = "full") -> list[dict]:
             "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
             "wilson_low": low, "wilson_high": high, "chance": chance(of_part),
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
+            "concluded": sum(r.get("concluded") is not None for r in of_part) / n,
+            "agreement": mean(of_part, "agreement"), "process": mean(of_part, "process"),
             "truncated_frac": sum(r["truncated"] for r in of_part) / n,
             "unreadable": sum(bool(r["error"]) for r in of_part),
             "published": published.get(part.lower()) if video == "full" else None})
@@ -331,14 +354,16 @@ def read_evaluation(args: Args) -> tuple[list[dict], dict]:
 def print_table(table: list[dict]) -> None:
     """Accuracy by file and part, on screen."""
     paper = "  paper, 7B: vanilla / SFT / GRPO" if any(line["published"] for line in table) else ""
-    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} {'cut off':>8} "
-          f"{'bad':>4}{paper}")
+    print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} "
+          f"{'concludes':>9} {'agrees':>7} {'process':>7} {'cut off':>8} {'bad':>4}{paper}")
     for line in table:
         name = f"  {line['part']}" if line["part"] else Path(line["file"]).stem
+        agreement, process = ("-" if line[key] is None else f"{line[key]:.1%}" for key in ("agreement", "process"))
         interval = f"{line['wilson_low']:6.1%} to {line['wilson_high']:6.1%}"
         paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in line["published"]) if line["published"] else ""
         print(f"{name:28} {line['n']:5} {line['accuracy']:9.1%} {interval} {line['chance']:7.0%}"
-              f"{line['parse_rate']:8.1%} {line['truncated_frac']:8.1%} {line['unreadable']:4}{paper}")
+              f"{line['parse_rate']:8.1%} {line['concluded']:9.1%} {agreement:>7} {process:>7} "
+              f"{line['truncated_frac']:8.1%} {line['unreadable']:4}{paper}")
 
 
 def print_comparison(a: dict, b: dict, table: list[dict]) -> None:

@@ -51,7 +51,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import Example, grade, make_loader, step_batch
+from data import Example, agreement_reward, concluded_option, grade, make_loader, process_reward, step_batch
 from model import collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids
 from run import Run
 from runtime import TrainArgs, arg
@@ -71,6 +71,9 @@ class Args(TrainArgs):
     cuda_graph: bool = arg(False, "replay each token's kernels as one CUDA graph: meant for GPUs, never run so far")
     # 2 reward
     format_weight: float = arg(0.0, "weight of the format reward beside accuracy's 1", least=0)
+    agreement_weight: float = arg(0.0, "the same of agreement: what the reasoning concludes with is answered", least=0)
+    process_weight: float = arg(0.0, "the same of process: the share of the steps done that it names", least=0)
+    reward_noise: float = arg(0.0, "flip this share of the accuracy rewards; logged is the clean one", least=0, most=1)
     # 3 advantage
     advantage_std: bool = arg(True, "divide by the group's std (False: Dr. GRPO)")
     learn_flat_groups: bool = arg(False, "also learn groups of equal rewards, for their KL term; no use with kl_coef 0")
@@ -155,11 +158,20 @@ def format_reward(completion: str, example: Example) -> float:
 
 
 def reward_table(args: Args) -> dict:
-    """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too."""
-    # ABLATE: rewards. A process reward or a length penalty is one more line. One that needs log-probs (GRPO-CARE's
+    """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too. NaN
+    is for no reward, where an example gives nothing to judge by."""
+    # ABLATE: rewards. A length penalty is one more line. One that needs log-probs (GRPO-CARE's
     # consistency bonus) is added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
     return {"accuracy": (1.0, accuracy_reward),
-            "format": (args.format_weight, format_reward)}
+            "format": (args.format_weight, format_reward),
+            "agreement": (args.agreement_weight, agreement_reward),  # data.py, with all that reads a completion
+            "process": (args.process_weight, process_reward)}
+
+
+def flip(accuracy: Tensor, probability: float, keys: list[str]) -> Tensor:
+    """The rewards (N,) of a judge that errs: 0 for 1 and 1 for 0 with a probability, drawn by each completion's key."""
+    wrong = [random.Random(key).random() < probability for key in keys]
+    return torch.where(torch.tensor(wrong, dtype=torch.bool, device=accuracy.device), 1 - accuracy, accuracy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,7 +304,11 @@ def main(args: Args) -> Path:
         answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
         terms = {name: torch.tensor([reward(*answer) for answer in answers], device=device)  # (N,) each
                  for name, (_, reward) in table.items()}
-        rewards = sum(weight * terms[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
+        counted = {name: term.nan_to_num() for name, term in terms.items()}
+        if args.reward_noise > 0:
+            keys = [f"{args.seed}/{step}/{e.question.id}/{n % args.group_size}" for n, (_, e) in enumerate(answers)]
+            counted["accuracy"] = flip(counted["accuracy"], args.reward_noise, keys)
+        rewards = sum(weight * counted[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
 
         # 3 advantage
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
@@ -370,8 +386,10 @@ def print_completion(answers: list[tuple[str, Example]], rewards: Tensor, advant
 def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, terms: dict) -> dict:
     """What is only logged of this rank's completions: rewards (B, G), terms name -> (N,)."""
     return {"parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
+            "concluded": sum(concluded_option(text, example.options) is not None for text, example in answers),
             "reward": rewards.sum(), "group_std": group_std(rewards).sum(),
-            **{f"reward {name}": term.sum() for name, term in terms.items()}}
+            **{f"reward {name}": term.nansum() for name, term in terms.items()},
+            **{f"judged {name}": (~term.isnan()).sum() for name, term in terms.items()}}
 
 
 def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float, args: Args) -> dict:
@@ -383,7 +401,8 @@ def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: 
     completions, groups = totals["completions"], totals["prompts"]
     metrics = {
         "reward": totals["reward"] / completions, "group_std": totals["group_std"] / groups,
-        **{name: totals[f"reward {name}"] / completions for name in rewards},
+        **{name: totals[f"reward {name}"] / judged for name in rewards if (judged := totals[f"judged {name}"])},
+        "concluded": totals["concluded"] / completions,
         "parse_rate": totals["parsed"] / completions, "flat_group_frac": totals["flat_groups"] / groups,
         "completion_length": totals["tokens"] / completions, "truncated_frac": totals["truncated"] / completions,
         "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr}

@@ -266,7 +266,7 @@ def test_each_sign_of_trouble_has_its_phrase(changes, phrase):
 def test_the_peak_of_the_kl_equals_a_loop(kl):
     # From the sums of a step as `main` makes them: 1 where one token has it all, 1 / sqrt(n) where n have the same.
     tokens = [value for row in kl for value in row]
-    totals = dict.fromkeys(("reward", "group_std", "parsed", "flat_groups", "tokens", "truncated"), 1.0)
+    totals = dict.fromkeys(("reward", "group_std", "parsed", "concluded", "flat_groups", "tokens", "truncated"), 1.0)
     totals |= {"completions": 2, "prompts": 1, "learned_tokens": len(tokens)}
     sums = dict.fromkeys(("loss", "entropy", "clipped", "sampler_gap"), 0.0)
     sums |= {"kl": sum(tokens), "kl_squares": sum(value**2 for value in tokens)}
