@@ -1,6 +1,7 @@
 # make test      install into .venv and run the tests
 # make test-slow run the slow ones, three minutes more: the dry run of `make gpu`, the bench, the page of scaling
 # make test-faults   real processes, really killed, stopped and starved, six minutes more
+# make test-page the page of docs/page.py in headless Chromium, which has to be installed
 # make lint      check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
 # make results   the README's tables and picture: SFT, GRPO, GRPO by LoRA and GRPO on blank videos, three seeds
@@ -17,7 +18,7 @@ LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 export GOMP_SPINCOUNT ?= 1000
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
-.PHONY: test test-slow test-faults lint demo results gpu clean
+.PHONY: test test-slow test-faults test-page lint demo results gpu clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,13 +30,16 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 	touch $@
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not slow and not faults" tests
+	$(BIN)/python -m pytest -q -m "not slow and not faults and not page" tests
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 test-faults: .venv/dev
 	$(BIN)/python -m pytest -q -m faults tests
+
+test-page: .venv/dev
+	$(BIN)/python -m pytest -q -m page tests
 
 lint: .venv/dev
 	$(BIN)/ruff check .
