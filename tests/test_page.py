@@ -226,4 +226,5 @@ def test_a_thousand_questions_are_small_and_scroll(open_page, tmp_path, world):
             still = scrollY === before ? still + 1 : 0; before = scrollY; }
         return times; }""")
     assert tab.locator("article").count() == 1000
-    assert sorted(times)[int(0.95 * len(times))] < 100  # most frames take less than a tenth of a second, on two cores
+    # On a quiet machine 17 and 33 ms. Making all thousand cards at once takes seconds.
+    assert np.median(times) < 50 and np.quantile(times, 0.95) < 250
