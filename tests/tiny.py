@@ -5,9 +5,11 @@ where the family has a head_dim, windows of the vision tower are smaller than th
 text layers (deepstack) is added behind more than one.
 """
 import copy
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import toy
@@ -48,4 +50,38 @@ def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0) -> Pa
         tokenizer.chat_template = "\n".join(line for line in lines if "system" not in line)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_as_on_the_hub(folder: Path, num_layers: int = 2) -> Path:
+    """A Qwen2-VL as it lies on the hub: weights in several files, and a config.json of transformers 4.41, in which the
+    text model's fields stand at the top and the names of some are others."""
+    write(folder, "qwen2_vl", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    config |= {name: text[name] for name in text if name not in ("dtype", "layer_types", "model_type", "use_cache")}
+    config |= {"rope_theta": rope["rope_theta"], "num_hidden_layers": num_layers, "torch_dtype": "float32",
+               "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+               "transformers_version": "4.41.2"}
+    vision = config["vision_config"]
+    config["vision_config"] = {name: vision[name] for name in ("depth", "embed_dim", "hidden_size", "mlp_ratio",
+                                                                "num_heads", "patch_size", "spatial_merge_size",
+                                                                "temporal_patch_size")} | {"in_chans": 3}
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    # Names as they were then: `model.layers` for the text model, `visual` beside it.
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        if not any(name.startswith(f"model.layers.{n}.") for n in range(num_layers, TEXT["num_hidden_layers"])):
+            renamed[name] = tensor
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(renamed))}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in renamed.items() if files[name] == file}, folder / file,
+                  metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in renamed.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": size}, "weight_map": files}))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
