@@ -1,4 +1,4 @@
-"""Float64 all the way through Qwen2-VL, which is what makes two ways of computing the same thing comparable to 1e-9.
+"""Float64 all the way through a model, which is what makes two ways of computing the same thing comparable to 1e-9.
 
     python tests/float64.py SCRIPT FLAGS ...      runs a script under it; the tests import `lift`
 
@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -25,12 +27,15 @@ def rms_norm(self, x):
 
 def rotate(q, k, cos, sin):
     cos, sin = wide(cos).unsqueeze(-2), wide(sin).unsqueeze(-2)
-    return tuple((wide(x) * cos + modeling.rotate_half(wide(x)) * sin).to(x.dtype) for x in (q, k))
+    return tuple((wide(x) * cos + modeling_qwen2_vl.rotate_half(wide(x)) * sin).to(x.dtype) for x in (q, k))
 
 
 def lift() -> None:
-    modeling.Qwen2VLRMSNorm.forward = rms_norm
-    modeling.apply_rotary_pos_emb_vision = rotate
+    for norm in (modeling_qwen2_vl.Qwen2VLRMSNorm, modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm,
+                 modeling_qwen3_vl.Qwen3VLTextRMSNorm):
+        norm.forward = rms_norm
+    for modeling in (modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl):
+        modeling.apply_rotary_pos_emb_vision = rotate
 
 
 if __name__ == "__main__":
