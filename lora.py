@@ -83,7 +83,8 @@ def merge(qwen: PreTrainedModel, target: PreTrainedModel) -> None:
 
 def save_adapters(adapters: dict[str, Tensor], args, folder: Path) -> None:
     """Writes name -> A or B as a folder that peft's `PeftModel.from_pretrained` reads."""
-    maps = sorted({name.split(".")[-2] for name in adapters})  # q_proj and so on: no such names in the vision tower
+    # By their whole names: maps of the vision tower of Qwen2.5-VL are a gate_proj, up_proj and down_proj too.
+    maps = sorted({name.rpartition(".")[0] for name in adapters})
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": args.model, "bias": "none",
               "r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": 0.0, "target_modules": maps}
     folder.mkdir(exist_ok=True)
