@@ -38,7 +38,7 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import toy  # noqa: E402
-from data import FAMILIES, Example, normalise, patchify, rope_positions  # noqa: E402
+from data import FAMILIES, Example, normalise, num_tokens, patchify, rope_positions, vision_runs  # noqa: E402
 from model import Policy, collate_prompts, token_logps, use_our_attention, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, load_sampler, make_sampler, setup  # noqa: E402
 from sampler import generate  # noqa: E402
@@ -76,30 +76,35 @@ def load_qwen(shape: str, device: torch.device):
 
 
 def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, image_size: int = 252):
-    """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), image, text."""
-    config, examples = qwen.config, []
+    """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), image, text.
+
+    `image_size` is rounded to whole tokens of the family. No timestamps stand between time steps, and each is 1
+    position from the last, which with Qwen2.5-VL takes 4 frames a second.
+    """
+    config, family, examples = qwen.config, FAMILIES[qwen.config.model_type], []
+    image_size = max(round(image_size / family.token_size), 1) * family.token_size
     for seed in range(num_prompts):
         g = torch.Generator().manual_seed(seed)
-        pieces, pixels = [], {}
+        pieces, pixels, runs = [], {}, []
         for name, count, token in (("videos", frames, config.video_token_id), ("image", 1, config.image_token_id)):
             if count:
                 frame_bytes = torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8)
-                pixels[name] = patchify(frame_bytes.numpy(), FAMILIES["qwen2_vl"])
-                run = torch.full((len(pixels[name][0]) // 4,), token)
+                pixels[name] = patchify(frame_bytes.numpy(), family)
                 start, end = config.vision_start_token_id, config.vision_end_token_id
-                pieces += [torch.tensor([start]), run, torch.tensor([end])]
+                for grid in vision_runs(family, pixels[name][1]):
+                    pieces += [torch.tensor([start]), torch.full((num_tokens(grid),), token), torch.tensor([end])]
+                    runs.append(grid)
         pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
         ids = torch.cat(pieces)
-        grids = [grid for _, grid in pixels.values()]
-        positions = rope_positions(ids, grids, 1, config.image_token_id, config.video_token_id)
+        positions = rope_positions(ids, runs, 1, config.image_token_id, config.video_token_id)
         video = pixels.get("videos", (None, None))
         examples.append(Example(None, (), "", "", ids, positions, *video, *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
 
 
-def normalised(example: Example) -> Example:
+def normalised(example: Example, model_type: str = "qwen2_vl") -> Example:
     """The example as Hugging Face's models take it: its patches float32, not bytes."""
-    pixels = {name: normalise(patches, FAMILIES["qwen2_vl"]) for name in ("pixel_values_videos", "pixel_values")
+    pixels = {name: normalise(patches, FAMILIES[model_type]) for name in ("pixel_values_videos", "pixel_values")
               if (patches := getattr(example, name)) is not None}
     return dataclasses.replace(example, **pixels)
 

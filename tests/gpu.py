@@ -1,14 +1,14 @@
-"""What only a GPU can tell, in about half an hour on one GPU of 80 GB: seven parts of at most 8 minutes each.
+"""What only a GPU can tell, in about half an hour on one GPU of 80 GB: nine parts of at most 8 minutes each.
 
     python3 tests/gpu.py                 # all parts, the most telling first; their rows go into docs/gpu.json at once
     python3 tests/gpu.py --only a b      # these parts
     python3 tests/gpu.py --again         # also parts that are done for this GPU, driver, versions and commit
-    python3 tests/gpu.py --dry-run       # the same code with tiny shapes on a CPU, 90 seconds, into a temporary file
+    python3 tests/gpu.py --dry-run       # the same code with tiny shapes on a CPU, two minutes, into a temporary file
 
 Install first: torch built for the GPU's driver and the other wheels of requirements.txt, no more; the README says how.
-No network and no weights are needed: models have random weights in the shapes of Qwen2-VL-2B and -7B, or are the toy
-world's base. With torch, transformers and pillow alone (2.11 and 5.17 do) all parts run but e, which reads videos with
-decord and av, and f, which needs these, trl, datasets and torchvision.
+No network and no weights are needed: models have random weights in the shapes of Qwen2-VL-2B and -7B or are tiny ones,
+of each family, or the toy world's base. With torch, transformers and pillow alone (2.11 and 5.17 do) all parts run but
+e, which reads videos with decord and av, and f, which needs these, trl, datasets and torchvision.
 
 In a dry run no CUDA graph can be captured: its operators are run one by one, with the caches and the order of a replay.
 
@@ -93,11 +93,11 @@ class Part:
         print(f"{self.letter}  {what}: " + ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
                                                      for name, x in more.items()), flush=True)
 
-    def attempt(self, what: str, run, *args) -> bool:
-        """Whether run(self, *args) has not raised; if it has, the part fails, and goes on with what comes next."""
+    def attempt(self, what: str, run, *args, **more) -> bool:
+        """Whether run(self, *args, **more) has not raised; if it has, the part fails, and goes on with the next one."""
         worked = False
         try:
-            run(self, *args)
+            run(self, *args, **more)
             worked = True
         except Skip:
             raise
@@ -185,7 +185,11 @@ PARTS = {  # letter: (title, what it does, what it needs, the function)
     "f": ("TRL", "A step of TRL's trainer and one of ours at 2B.", "55 GB; trl, datasets and torchvision",
           gpu_parts.against_trl),
     "g": ("trace", "A trace of one step at 2B: its longest kernels and the longest gaps between kernels.", "45 GB",
-          gpu_parts.trace)}
+          gpu_parts.trace),
+    "h": ("LoRA", "Adapters learn, and the merged export is the policy; steps at 2B and 7B with their peak memory.",
+          "20 GB at 7B, 7 at 2B", gpu_parts.adapters),
+    "i": ("families", "Tiny models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the oracles of a, LoRA, steps in bf16, and "
+          "the CUDA graph.", "2 GB", gpu_parts.families)}
 
 
 def run_part(args) -> int:

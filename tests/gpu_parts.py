@@ -1,4 +1,4 @@
-"""The seven parts of gpu.py, one section each: a function of a `Part` p, which it gives its rows.
+"""The nine parts of gpu.py, one section each: a function of a `Part` p, which it gives its rows.
 
 Of p they use `sizes` (shapes and durations: all that a dry run on a CPU does differently), `device`, `folder` (for
 files that may go) and `limit_s`; `row` adds a row, `fits` asks for memory, `attempt` goes on where something raises.
@@ -39,10 +39,12 @@ import bench  # noqa: E402
 import evaluate  # noqa: E402
 import float64  # noqa: E402
 import grpo_video  # noqa: E402
+import lora  # noqa: E402
 import run  # noqa: E402
 import runtime  # noqa: E402
+import tiny  # noqa: E402
 import toy  # noqa: E402
-from data import Question  # noqa: E402
+from data import FAMILIES, Question  # noqa: E402
 from model import Policy, collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids  # noqa: E402
 from sampler import CapturedCache, GroupCache, generate  # noqa: E402
 
@@ -64,15 +66,22 @@ class Skip(Exception):
 # Models and prompts.
 
 def load(shape: str, dtype: torch.dtype, device: torch.device):
-    """A Qwen2-VL of random weights (2B, 7B, tiny), or the toy base; weights alone are cast: rotary buffers stay.
+    """A Qwen2-VL of random weights (2B, 7B, tiny), the toy base, or what is in a folder; weights alone are cast: rotary
+    buffers stay.
 
     Its vision tokens are the toy tokenizer's, so that the same prompts and the same loop serve all shapes.
     """
+    if is_folder(shape):
+        return runtime.load_sampler(SimpleNamespace(model=shape, dtype=str(dtype)[6:]), device)
     torch.manual_seed(0)  # the same random weights in every part that loads them
     qwen, known = bench.load_qwen(shape, device), runtime.load_config(str(toy.BASE))
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(qwen.config, name, getattr(known, name))
     return cast(qwen, dtype)
+
+
+def is_folder(shape: str) -> bool:
+    return shape != "toy" and shape not in bench.SHAPES
 
 
 def cast(qwen, dtype: torch.dtype):
@@ -97,7 +106,8 @@ def ragged_examples(qwen, size: dict) -> list:
 
 def hf_logps(qwen, example, ids: torch.Tensor) -> torch.Tensor:
     """log softmax over the vocabulary before each of the L tokens `ids`, vision tokens banned: (L, V), with grad."""
-    device, positions, example = qwen.device, example.position_ids, bench.normalised(example)
+    device, positions = qwen.device, example.position_ids
+    example = bench.normalised(example, qwen.config.model_type)
     after = positions.max() + 1 + torch.arange(len(ids))
     names = ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")
     logits = qwen(input_ids=torch.cat([example.prompt_ids.to(device), ids])[None],
@@ -126,7 +136,7 @@ def oracles(p) -> None:
 
 def token_oracles(p, shape: str, dtype: torch.dtype) -> None:
     """Greedy and sampled decoding, and log-probs and gradients of both learners, against a wide Hugging Face."""
-    qwen, title = load(shape, dtype, p.device), f"{shape} {str(dtype)[6:]}"
+    qwen, title = load(shape, dtype, p.device), f"{Path(shape).name} {str(dtype)[6:]}"
     G, C = p.sizes.oracle_G, p.sizes.oracle_C
     wide = cast(copy.deepcopy(qwen), torch.float32 if dtype == torch.bfloat16 else torch.float64)
     examples = ragged_examples(qwen, p.sizes.oracle)
@@ -200,16 +210,18 @@ def distance(ours: list, truth: list) -> float:
 
 def equal_to_generate(qwen, examples, ours, ends, banned) -> int:
     """How many greedy tokens of all rows are those of Hugging Face's generate, up to the first that differs."""
-    config, equal = qwen.config, 0
+    config, equal, per_second = qwen.config, 0, FAMILIES[qwen.config.model_type].tokens_per_second
+    of_time = {"second_per_grid_ts": torch.tensor([1 / per_second])} if per_second else {}  # a time step is 1 position
     plain = GenerationConfig(do_sample=False, max_new_tokens=ours.ids.shape[1], pad_token_id=0,
                              eos_token_id=ends.tolist(), suppress_tokens=banned.tolist())
-    for example, ids, length in zip(map(bench.normalised, examples), ours.ids.tolist(), ours.lengths.tolist()):
+    for example, ids, length in zip(examples, ours.ids.tolist(), ours.lengths.tolist()):
+        example = bench.normalised(example, config.model_type)
         prompt = example.prompt_ids.to(qwen.device)[None]
         kinds = (prompt == config.image_token_id).int() + 2 * (prompt == config.video_token_id).int()
         pixels = {name: getattr(example, name).to(qwen.device)
                   for name in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")}
         theirs = qwen.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), mm_token_type_ids=kinds,
-                               generation_config=plain, **pixels)[0, prompt.shape[1]:].tolist()
+                               generation_config=plain, **pixels, **of_time)[0, prompt.shape[1]:].tolist()
         equal += next((t for t in range(length) if theirs[t:t + 1] != ids[t:t + 1]), length)
     return equal
 
@@ -321,9 +333,10 @@ def same_tokens(p, shape: str) -> None:
     qwen = load(shape, torch.float32, p.device)
     ends = end_token_ids(qwen, runtime.load_tokenizer(str(toy.BASE)), p.device)
     banned, examples = vision_token_ids(qwen, p.device), ragged_examples(qwen, p.sizes.oracle)
-    # Sampling from random weights, all of whose 152,000 tokens are about as likely, would tell rounding from a mistake
-    # no more: there the likeliest token alone is compared.
-    for temperature in (0.0, 1.0) if shape == "toy" else (0.0,):
+    # Sampling from the random weights of a large shape, all of whose 152,000 tokens are about as likely, would tell
+    # rounding from a mistake no more: there the likeliest token alone is compared.
+    name, sharp = Path(shape).name, shape not in bench.SHAPES
+    for temperature in (0.0, 1.0) if sharp else (0.0,):
         caches, apart, equal, total = {}, 0.0, 0, 0
         for batch in (examples, examples[::-1]):
             kept, fresh = (generate(qwen, collate_prompts(batch, p.device), p.sizes.oracle_G, p.sizes.oracle_C,
@@ -340,10 +353,10 @@ def same_tokens(p, shape: str) -> None:
         assert len(caches) == 1, "the second batch made a cache of its own"
         kind = "sampled" if temperature else "greedy"
         # 1e-4: float32 log-probs of a few nats are off by some 1e-5 behind 28 layers.
-        p.row(f"{shape} float32 {kind}: log-probs by graph against kernel by kernel", 1e-4, apart, tokens=total,
+        p.row(f"{name} float32 {kind}: log-probs by graph against kernel by kernel", 1e-4, apart, tokens=total,
               equal_tokens=equal)
-        if shape == "toy":  # trained: a draw or a tie within 1e-5 of the next token comes once in some hundred runs
-            p.row(f"{shape} float32 {kind}: tokens by graph that differ", 0, float(total - equal))
+        if sharp:  # a draw or a tie within 1e-5 of the next token comes once in some hundred runs
+            p.row(f"{name} float32 {kind}: tokens by graph that differ", 0, float(total - equal))
 
 
 def seconds_a_token(p, shape: str, graph: bool, speed: float, source: str) -> None:
@@ -432,15 +445,18 @@ def add_ratio(p, what: str, usual: list, ours: list, **more) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # d. Whole steps: the loop of grpo_video.py on random weights and prompts that nobody has to decode.
 
-def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None, **changes) -> list[dict]:
-    """Runs grpo_video.main at the step's shape and returns its metrics, a dict for each step.
+def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None, shape: str | None = None,
+          export=lambda *args: None, **changes) -> list[dict]:
+    """Runs grpo_video.main, at the step's shape if at no other, and returns its metrics, a dict for each step.
 
     In place of files: random weights, the same random prompts in each step (no key `data_s` that means anything), and
-    rewards of 0 and 1 in turn, so that every group is learned. `caches` as in `generate`; nothing is exported.
+    rewards of 0 and 1 in turn, so that every group is learned. `caches` as in `generate`; nothing is exported, but by
+    an `export` that takes the arguments of `runtime.export`.
     """
-    settings = {**p.sizes.step, **changes}
-    shape, coin = p.sizes.step_shape, itertools.cycle((0.0, 1.0))
-    qwen = load("toy", torch.float32, torch.device("cpu"))
+    settings = {"kl_coef": 0.0, **p.sizes.step, **changes}
+    shape, coin = shape or p.sizes.step_shape, itertools.cycle((0.0, 1.0))
+    model = shape if is_folder(shape) else str(toy.BASE)  # of a shape, what its tokenizer is
+    qwen = load(model, torch.float32, torch.device("cpu"))
     examples, _ = bench.make_prompts(qwen, settings["prompts_per_step"], **p.sizes.prompt)
     examples = [dataclasses.replace(e, question=Question(f"q{i}", "", None, None)) for i, e in enumerate(examples)]
     log, sample_groups = run.Run.log, grpo_video.sample_groups
@@ -452,7 +468,7 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
     replaced = {
         (runtime, "load_qwen"): lambda model, dtype: load(shape, dtype, p.device),
         (runtime, "load_training_set"): lambda *args, **kwargs: (examples, steps),
-        (run.Run, "log"): watched_log, (runtime, "export"): lambda *args: None,
+        (run.Run, "log"): watched_log, (runtime, "export"): export,
         (grpo_video, "make_loader"): lambda dataset, batches, workers: [examples] * steps,
         (grpo_video, "reward_table"): lambda args: {"accuracy": (1.0, lambda *answer: next(coin))},
         (grpo_video, "sample_groups"): lambda *args: sample_groups(*args[:-1], caches)}
@@ -462,7 +478,7 @@ def train(p, name: str, steps: int, caches: dict | None, after_step=lambda: None
             patches.enter_context(mock.patch.object(module, function, ours))
         if p.device.type != "cuda":
             patches.enter_context(mock.patch.object(CapturedCache, "capture", uncaptured))
-        grpo_video.main(grpo_video.Args(model=str(toy.BASE), train_file=str(Path(__file__).resolve()), kl_coef=0.0,
+        grpo_video.main(grpo_video.Args(model=model, train_file=str(Path(__file__).resolve()),
                                         output_dir=str(output_dir), save_every=0, **settings))
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -491,21 +507,24 @@ def whole_steps(p) -> None:
     if not p.fits(f"a step at {shape}", need):
         raise Skip(f"a step at {shape} needs {need / 1e9:.0f} GB")
 
-    def steps(p, name, caches):
-        metrics, peak = [], None
-        peak = bench.peak_bytes(lambda: metrics.extend(train(p, name, p.sizes.steps, caches)), p.device)
-        phases = {key: statistics.median(m[key] for m in metrics[1:]) for key in
-                  ("rollout_s", "score_s", "update_s", "step_s", "tokens_per_s", "sampler_gap", "grad_norm")}
-        # A graph's own memory stays reserved and counts as in no use.
-        kept = {"reserved_bytes": torch.cuda.max_memory_reserved()} if p.device.type == "cuda" else {}
-        p.row(f"{shape}, {p.sizes.step['prompts_per_step']} x {p.sizes.step['group_size']} x "
-              f"{p.sizes.step['max_completion_length']}, {name}", **phases, peak_bytes=peak, computed_bytes=need,
-              computed_peak_is_in=phase, **kept)
-
-    p.attempt("steps kernel by kernel", steps, "kernel by kernel", None)
+    computed = {"computed_bytes": need, "computed_peak_is_in": phase}
+    p.attempt("steps kernel by kernel", step_rows, shape, "kernel by kernel", None, computed)
     p.attempt("the largest group", largest, "group")
     p.attempt("the longest completion", largest, "length")
-    p.attempt("steps by graph", steps, "by graph", {})
+    p.attempt("steps by graph", step_rows, shape, "by graph", {}, computed)
+
+
+def step_rows(p, shape: str, name: str, caches: dict | None, beside: dict, **changes) -> None:
+    """A row of a few steps: the median of all but the first, and the peak of all; `beside` goes into it as well."""
+    metrics, peak = [], None
+    peak = bench.peak_bytes(lambda: metrics.extend(train(p, f"{Path(shape).name}, {name}", p.sizes.steps, caches,
+                                                         shape=shape, **changes)), p.device)
+    phases = {key: statistics.median(m[key] for m in metrics[1:]) for key in
+              ("rollout_s", "score_s", "update_s", "step_s", "tokens_per_s", "sampler_gap", "grad_norm")}
+    # A graph's own memory stays reserved and counts as in no use.
+    kept = {"reserved_bytes": torch.cuda.max_memory_reserved()} if p.device.type == "cuda" else {}
+    p.row(f"{Path(shape).name}, {p.sizes.step['prompts_per_step']} x {p.sizes.step['group_size']} x "
+          f"{p.sizes.step['max_completion_length']}, {name}", **phases, peak_bytes=peak, **beside, **kept)
 
 
 def largest(p, what: str) -> None:
@@ -685,3 +704,77 @@ def trace(p) -> None:
 def shorten(kernel: str) -> str:
     """A kernel's name without its template's arguments, 80 characters at most."""
     return re.sub(r"<.*", "<..>", kernel.removeprefix("void "))[:80]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# h. LoRA.
+
+# The larger of the README's two peaks of --lora_rank 16 on one GPU, which tests/simulate.py has counted.
+SIMULATED = {"2B": 6.5e9, "7B": 19.7e9}
+
+
+def adapters(p) -> None:
+    """Rows: what learns and what is exported, for the toy base in float32; then steps at the large shapes in bf16."""
+    p.attempt("toy", merged_export, str(toy.BASE))
+    for shape in p.sizes.shapes:
+        if p.fits(f"steps by LoRA at {shape}", SIMULATED.get(shape, 0.5e9) + 3e9):
+            p.attempt(f"steps by LoRA at {shape}", step_rows, shape, "by LoRA", None,
+                      {"simulated_bytes": SIMULATED.get(shape)}, lora_rank=16)
+
+
+def merged_export(p, folder: str) -> None:
+    """Steps of LoRA in float32: what has moved, and the merged export against the policy, which has adapters."""
+    torch.backends.cudnn.allow_tf32 = False
+    kept, export, title, lora_args = {}, runtime.export, f"{Path(folder).name} float32, LoRA", (4, 32.0)
+
+    def keep(policy, tokenizer, args, final):
+        kept.update(policy=policy, final=str(final))
+        export(policy, tokenizer, args, final)
+
+    metrics = train(p, f"{Path(folder).name}, exported", p.sizes.steps, None, shape=folder, export=keep,
+                    dtype="float32", lora_rank=lora_args[0], lora_alpha=lora_args[1], learning_rate=2e-3, kl_coef=0.1)
+    policy, base, merged = kept["policy"], *(load(x, torch.float32, p.device) for x in (folder, kept["final"]))
+    begun = copy.deepcopy(base)
+    lora.add_adapters(begun, *lora_args, torch.float32, seed=0)
+    begun, moved, frozen = dict(begun.named_parameters()), [], []
+    for name, weight in policy.qwen.named_parameters():
+        now = weight.full_tensor() if weight.requires_grad else weight
+        (moved if weight.requires_grad else frozen).append(not torch.equal(now.to(p.device), begun[name].to(p.device)))
+    p.row(f"{title}: adapters that have not moved", 0, moved.count(False), of=len(moved))
+    p.row(f"{title}: frozen weights that have", 0, frozen.count(True), of=len(frozen))
+
+    examples, C = ragged_examples(base, p.sizes.oracle), p.sizes.oracle_C
+    ids, mask = bench.random_rows(base, len(examples), C)
+    wide = cast(copy.deepcopy(merged), torch.float64)
+    with torch.no_grad():
+        before, low, truth = (torch.cat([at(hf_logps(model, example, row), row) for example, row in zip(examples, ids)])
+                              for model in (base, merged, wide))
+        rows = torch.arange(len(examples), device=p.device)
+        ours, _ = policy(collate_prompts(examples, p.device), rows, ids, mask, 1.0, vision_token_ids(base, p.device))
+    yard = (low.double() - truth).abs().max().item() + torch.finfo(torch.float32).eps
+    p.row(f"{title}: log-probs of the policy against its merged export, largest error in nats", FACTOR * yard,
+          (ours.flatten().double() - truth).abs().max(), moved_by_learning=(low - before).abs().max())
+    p.row(f"{title}: sampler against learner, mean gap in nats", 2 * FACTOR * yard,
+          max(m["sampler_gap"] for m in metrics), kl=metrics[-1]["kl"], grad_norm=metrics[-1]["grad_norm"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# i. The families, as tiny random models.
+
+def families(p) -> None:
+    """For each family: the rows of part a in float32 and bf16, of LoRA in float32, of steps in bf16, and by graph."""
+    float64.lift()
+    torch.backends.cudnn.allow_tf32 = False
+    folders = [str(tiny.write(p.folder / family, family)) for family in FAMILIES]
+    for folder in folders:
+        name = Path(folder).name
+        for dtype in (torch.float32, torch.bfloat16):
+            p.attempt(f"{name} {str(dtype)[6:]}", token_oracles, folder, dtype)
+        p.attempt(f"{name}, LoRA", merged_export, folder)
+        for what, changes in (("all weights", {}), ("by LoRA", {"lora_rank": 16})):
+            p.attempt(f"{name}, {what}", step_rows, folder, f"bf16, {what}", None, {}, dtype="bfloat16", **changes)
+    with ExitStack() as patches:
+        if p.device.type != "cuda":
+            patches.enter_context(mock.patch.object(CapturedCache, "capture", uncaptured))
+        for folder in folders:  # last, because a capture that fails may take the process with it
+            p.attempt(f"{Path(folder).name} by graph", same_tokens, folder)

@@ -47,7 +47,7 @@ def test_every_part_writes_finite_rows(interrupted_and_resumed):
     file, run, _ = interrupted_and_resumed
     assert run.returncode == 0, run.stdout + run.stderr
     parts = parts_in(file)
-    assert list(parts) == list("abcdefg")
+    assert list(parts) == list("abcdefghi")
     for letter, part in parts.items():
         if letter == "f" and part["status"].startswith("skipped: "):
             assert "trl" in part["status"] and not part["rows"]  # it is no part of requirements.txt
@@ -101,7 +101,7 @@ def test_a_part_that_fails_is_named_and_costs_the_others_nothing(tmp_path):
 def test_without_a_gpu_it_says_what_it_would_do(tmp_path):
     run = run_gpu("--output", tmp_path / "gpu.json")
     assert run.returncode == 2 and "needs a GPU" in run.stdout and not (tmp_path / "gpu.json").exists()
-    assert [line[:3] for line in run.stdout.splitlines() if " Needs " in line] == [f"{x}. " for x in "abcdefg"]
+    assert [line[:3] for line in run.stdout.splitlines() if " Needs " in line] == [f"{x}. " for x in "abcdefghi"]
     refused = run_gpu("--dry-run", "--output", ROOT / "docs/gpu.json")
     assert refused.returncode == 2 and "leaves docs/gpu.json alone" in refused.stderr
 
