@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -38,12 +39,24 @@ from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalG
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import toy  # noqa: E402
-from data import FAMILIES, Example, normalise, num_tokens, patchify, rope_positions, vision_runs  # noqa: E402
+from data import (  # noqa: E402
+    FAMILIES,
+    Example,
+    normalise,
+    num_tokens,
+    patchify,
+    rope_positions,
+    time_step,
+    vision_runs,
+)
 from model import Policy, collate_prompts, token_logps, use_our_attention, vision_token_ids  # noqa: E402
 from runtime import clock, copy_weights, load_policy, load_sampler, make_sampler, setup  # noqa: E402
 from sampler import generate  # noqa: E402
 
 P, G = 900, 8
+# Of "<12.3 seconds>", which Qwen3-VL reads before each time step: an estimate, Qwen's tokenizer is not here. It is said
+# to have a token for each digit, one for " seconds", and one each for < . and >, so that below 10 s there are 6.
+STAMP_TOKENS = 7
 # Bytes a second, from data sheets, by the name that torch gives the GPU.
 BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}
 # From config.json of Qwen/Qwen2-VL-2B-Instruct and -7B-Instruct.
@@ -78,11 +91,13 @@ def load_qwen(shape: str, device: torch.device):
 def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, image_size: int = 252):
     """Prompts of random pixels and words, `length` tokens each: a video of `frames` frames (0: none), image, text.
 
-    `image_size` is rounded to whole tokens of the family. No timestamps stand between time steps, and each is 1
-    position from the last, which with Qwen2.5-VL takes 4 frames a second.
+    `image_size` is rounded to whole tokens of the family. Two frames are a second; where the family has timestamps,
+    random words stand for them.
     """
-    config, family, examples = qwen.config, FAMILIES[qwen.config.model_type], []
+    config, examples, family = qwen.config, [], FAMILIES[qwen.config.model_type]
     image_size = max(round(image_size / family.token_size), 1) * family.token_size
+    seconds = np.arange(frames + 1) / 2
+    start, end = torch.tensor([[config.vision_start_token_id], [config.vision_end_token_id]])
     for seed in range(num_prompts):
         g = torch.Generator().manual_seed(seed)
         pieces, pixels, runs = [], {}, []
@@ -90,13 +105,15 @@ def make_prompts(qwen, num_prompts: int = 1, frames: int = 16, length: int = P, 
             if count:
                 frame_bytes = torch.randint(0, 256, (count, image_size, image_size, 3), generator=g, dtype=torch.uint8)
                 pixels[name] = patchify(frame_bytes.numpy(), family)
-                start, end = config.vision_start_token_id, config.vision_end_token_id
-                for grid in vision_runs(family, pixels[name][1]):
-                    pieces += [torch.tensor([start]), torch.full((num_tokens(grid),), token), torch.tensor([end])]
-                    runs.append(grid)
+                num_words = STAMP_TOKENS if family.timestamps and name == "videos" else 0
+                for run in vision_runs(family, pixels[name][1]):
+                    words = torch.randint(0, 300, (num_words,), generator=g)
+                    pieces += [words, start, torch.full((num_tokens(run),), token), end]
         pieces.append(torch.randint(0, 300, (length - sum(map(len, pieces)),), generator=g))
         ids = torch.cat(pieces)
-        positions = rope_positions(ids, runs, 1, config.image_token_id, config.video_token_id)
+        runs = vision_runs(family, *(grid for _, grid in pixels.values()))
+        positions = rope_positions(ids, runs, time_step(family, seconds if frames else None), config.image_token_id,
+                                   config.video_token_id)
         video = pixels.get("videos", (None, None))
         examples.append(Example(None, (), "", "", ids, positions, *video, *pixels["image"]))
     return examples, collate_prompts(examples, qwen.device)
