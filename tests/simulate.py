@@ -1,8 +1,9 @@
 """The memory of a step on GPUs that are not there: this repository's own code, on tensors without numbers.
 
-    python tests/simulate.py                              # 2B and 7B on 1 to 16 ranks, by LoRA on one: a table, minutes
+    python tests/simulate.py                              # all models on 1 to 16 ranks, by LoRA on one: half an hour
     python tests/simulate.py --model 7B --ranks 8         # one row of it, and the operations that reach its peaks
-    python tests/simulate.py --ranks 1 --lora_rank 16     # any flag of grpo_video.py goes along, here for both models
+    python tests/simulate.py --ranks 1 --lora_rank 16     # any flag of grpo_video.py goes along, here for all models
+    python tests/simulate.py --tokens                     # the tokens and positions of a prompt, by family
 
 A process plays rank 0 of so many. It loads, shards, makes the sampler, samples (`sample_groups`, all C tokens), learns
 (`completion_logps`, `grpo_token_loss`, backward, `optimizer_step`) and renews the sampler with the functions that a run
@@ -10,21 +11,24 @@ calls, AdamW's moments in place as from the second step on. Each storage is in a
 FSDP frees by resizing it, too. Three things are not those of a run:
     1. Floats are not computed (`Hollow`). Their memory is allocated and never touched, which takes addresses and no
        memory; a comparison of floats is True, an index found in them 0, float.item() 1. Integers and bools are real.
-    2. The config is one of bench.py, and no file of weights is read (`runtime.load_config`, `runtime.read_qwen`).
+    2. The config is one of those below or of bench.py, and no file of weights is read (`runtime.load_config`,
+       `runtime.read_qwen`).
     3. The process group is torch's "fake" one: its collectives do nothing.
 
 Update: a rank's share of --prompts_per_step (one prompt at least), its first two micro-batches: more add nothing.
 Sampling: --rollout_prompts prompts together, whatever its share; none ends early. The reference of --kl_coef is
 computed, not run: its shards are there all the time, the layer it gathers is gone before the update begins.
 
-tests/test_simulate.py: the peaks of real steps on a CPU are these to 0.03%, with adapters to 0.7%. What the table does
-not know:
+tests/test_simulate.py: the peaks of real steps on a CPU are these to 0.03%, with adapters to 0.7%; so for each family.
+What the table does not know:
     - the CUDA context and NCCL's buffers, some GB together, and what the allocator cannot use between its blocks or
       across streams (FSDP uses several): `nvidia-smi` shows more than torch's `max_memory_allocated`;
     - what kernels take inside (cuBLAS: 32 MB and more), --cuda_graph;
     - which attention a GPU takes. Booked is the CPU's fused kernel, which like flash attention keeps an output and a
       number for each query. Where only the plain one runs, sampling takes 1.3 GB more with the defaults on 7B, and the
       update's peak, which is elsewhere, nothing. A mask, (N, 1, C, P + C), is booked as bf16: 5 MB.
+
+Windows of the tower (Qwen2.5-VL) cost calls, not memory: with full attention everywhere the peaks are the same.
 """
 import argparse
 import json
@@ -52,17 +56,69 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo_video  # noqa: E402
 import runtime  # noqa: E402
-from bench import SHAPES, make_prompts, shape_config  # noqa: E402
-from data import num_tokens  # noqa: E402
+from bench import SHAPES, STAMP_TOKENS, make_prompts, shape_config  # noqa: E402
+from data import FAMILIES, Family, num_tokens  # noqa: E402
 from model import vision_token_ids  # noqa: E402
 from sampler import GroupCache  # noqa: E402
 
 NUM_RANKS = (1, 2, 4, 8, 16)
-TEXT_TOKENS = 171  # of a prompt, chat template included: with 16 frames and an image of 252 pixels P is 900
+# Of a prompt of Qwen2-VL, vision tokens left out: with 16 frames and an image of 252 pixels P is 900. 4 are starts and
+# ends of vision, 11 the system line: <|im_start|> system \n You are a helpful assistant . <|im_end|> \n
+TEXT_TOKENS, SYSTEM_TOKENS = 171, 11
 # Of the policy's own weights (masters, and what is frozen), gradients (whole and shards), AdamW's moments, weights that
 # FSDP has gathered, the sampler's copy, its keys and values, and all the rest.
 PARTS = ("policy", "gradients", "moments", "gathered", "sampler", "cache", "activations")
 aten = torch.ops.aten
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The released models beside the two of bench.py, and their prompts.
+
+def text_model(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict:
+    return dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, vocab_size=vocab)
+
+
+VISION_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
+                  fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+VISION_3 = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, num_position_embeddings=2304,
+                deepstack_visual_indexes=[5, 11, 17])
+# Qwen/NAME-Instruct: model_type, text model, vision tower, whether embedding and lm_head are one, from config.json; and
+# the number of weights in its safetensors, as the hub counts them, which tests/test_simulate.py finds again.
+RELEASES = {
+    "Qwen2.5-VL-3B": ("qwen2_5_vl", text_model(2048, 11008, 36, 16, 2, 151936), VISION_2_5, True, 3_754_622_976),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", text_model(3584, 18944, 28, 28, 4, 152064), VISION_2_5, False, 8_292_166_656),
+    "Qwen3-VL-2B": ("qwen3_vl", text_model(2048, 6144, 28, 16, 8, 151936), VISION_3, True, 2_127_532_032),
+    "Qwen3-VL-4B": ("qwen3_vl", text_model(2560, 9728, 36, 32, 8, 151936), VISION_3, True, 4_437_815_808),
+    "Qwen3-VL-8B": ("qwen3_vl", text_model(4096, 12288, 36, 32, 8, 151936),
+                    VISION_3 | dict(depth=27, hidden_size=1152, intermediate_size=4304,
+                                    deepstack_visual_indexes=[8, 16, 24]), False, 8_767_123_696),
+}
+ROPE = {"qwen2_5_vl": dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+        "qwen3_vl": dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)}
+
+
+def find_config(model: str):
+    """That of one of bench.py's or of these, or of a folder."""
+    if model in SHAPES:
+        return shape_config(model)
+    if model not in RELEASES:
+        return runtime.load_config(model)
+    model_type, text, vision, tied, _ = RELEASES[model]
+    text = text | dict(rope_parameters=ROPE[model_type])
+    text |= dict(head_dim=128) if model_type == "qwen3_vl" else {}
+    vision = vision | dict(out_hidden_size=text["hidden_size"])
+    return transformers.AutoConfig.for_model(model_type, text_config=text, vision_config=vision,
+                                             tie_word_embeddings=tied)
+
+
+def prompt_tokens(family: Family, num_frames: int, image_size: int) -> tuple[int, int, int, int]:
+    """Tokens of a prompt of a video and an image: vision tokens of both; starts, ends and timestamps; other text."""
+    steps, side = num_frames // 2, image_size // family.patch_size
+    video, image = (num_tokens(torch.tensor([time, side, side])) for time in (steps, 1))
+    runs = steps + 1 if family.timestamps else 2
+    stamps = steps * STAMP_TOKENS if family.timestamps else 0
+    return video, image, 2 * runs + stamps, TEXT_TOKENS - 4 - (0 if family.system else SYSTEM_TOKENS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,6 +234,11 @@ class Hollow(TorchDispatchMode):
         if (func is aten.add.Tensor and _current_graph_task_id() != -1 and not torch.is_grad_enabled()
                 and len(tensors) == 2 and {tuple(x.shape) for x in tensors} <= self.ledger.learned):
             return args[0]  # the second gradient of a weight: added to the first in place, but where a mode looks on
+        if func is aten.index.Tensor:  # a mask becomes the places that it keeps, as inside the kernel
+            with self:
+                places = [[x] if x is None or x.dtype != torch.bool else x.nonzero().unbind(1) for x in args[1]]
+            args = args[0], [x for group in places for x in group]
+            leaves, spec = tree_flatten((args, kwargs))
         arguments = func._schema.arguments
         if func._schema.is_mutable:  # in place: nothing is made, and what would be written is returned
             named = dict(zip((a.name for a in arguments), args)) | kwargs
@@ -243,9 +304,9 @@ def make_moments(policy, optimizer) -> None:
 
 def make_examples(args, config, device) -> list:
     """As many prompts as are decoded together, each of a video, an image and a text."""
-    tokens = num_tokens(torch.tensor([args.num_frames // 2 + 1, *[args.image_size // 14] * 2]))
+    length = sum(prompt_tokens(FAMILIES[config.model_type], args.num_frames, args.image_size))
     like = SimpleNamespace(config=config, device=device)
-    examples, _ = make_prompts(like, args.rollout_prompts, args.num_frames, tokens + TEXT_TOKENS, args.image_size)
+    examples, _ = make_prompts(like, args.rollout_prompts, args.num_frames, length, args.image_size)
     for n, example in enumerate(examples):
         example.question = SimpleNamespace(id=str(n))
     return examples
@@ -253,7 +314,7 @@ def make_examples(args, config, device) -> list:
 
 def simulate(args, ranks: int) -> dict:
     """Bytes of one rank: phase -> what there was before, its peak, the parts of the peak, and where it was."""
-    config = shape_config(args.model) if args.model in SHAPES else runtime.load_config(args.model)
+    config = find_config(args.model)
     runtime.load_config = lambda model: config
     runtime.read_qwen = lambda model, dtype: runtime.empty_qwen(config, dtype, torch.device("cpu"))
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -285,6 +346,7 @@ def simulate(args, ranks: int) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # The table.
 
+TOKENS_HEADER = ["model_type", "pixels", "video", "image", "starts, ends, timestamps", "text", "tokens", "positions"]
 HEADER = ["model", "ranks", "update", "sampling", *PARTS, "reference"]
 
 
@@ -302,20 +364,45 @@ def in_a_process(model: str, ranks: int, flags: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def token_row(model: str, flags: list[str]) -> str:
+    """A prompt of the model's family, of a video of half a second a frame: tokens by kind, and positions used."""
+    args, config = parse(model, flags), find_config(model)
+    family = FAMILIES[config.model_type]
+    tokens = prompt_tokens(family, args.num_frames, args.image_size)
+    like = SimpleNamespace(config=config, device=torch.device("cpu"))
+    _, prompt = make_prompts(like, 1, args.num_frames, sum(tokens), args.image_size)
+    positions = int(prompt.next_position)
+    return "| " + " | ".join(map(str, (config.model_type, args.image_size, *tokens, sum(tokens), positions))) + " |"
+
+
+def parse(model: str, flags: list[str]):
+    parser = transformers.HfArgumentParser(grpo_video.Args)
+    token_size = FAMILIES[find_config(model).model_type].token_size
+    pixels = round(parser.get_default("image_size") / token_size) * token_size  # 252, for Qwen3-VL 256
+    parser.set_defaults(image_size=pixels)
+    args, = parser.parse_args_into_dataclasses(["--model", model, *flags])
+    args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    return args
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=list(SHAPES), help="2B, 7B, or a folder with a config.json")
+    parser.add_argument("--model", nargs="+", default=[*SHAPES, *RELEASES],
+                        help=f"{', '.join(SHAPES)} (Qwen2-VL's), {', '.join(RELEASES)}, or a folder with a config.json")
     parser.add_argument("--ranks", nargs="+", type=int, default=NUM_RANKS, help="number of GPUs")
     parser.add_argument("--json", action="store_true", help="print one row's bytes as JSON")
+    parser.add_argument("--tokens", action="store_true", help="print the tokens of a prompt, by family")
     own, flags = parser.parse_known_args()
+    if own.tokens:
+        one_each = {find_config(model).model_type: model for model in own.model}
+        print("| " + " | ".join(TOKENS_HEADER) + " |\n" + "|---" * len(TOKENS_HEADER) + "|")
+        return print("\n".join(token_row(model, flags) for model in one_each.values()))
     rows = [(model, ranks, flags) for model in own.model for ranks in own.ranks]
     if len(sys.argv) == 1:
         rows += [(model, 1, ["--lora_rank", "16"]) for model in own.model]
     if len(rows) == 1:
         (model, ranks, _), = rows
-        args, = transformers.HfArgumentParser(grpo_video.Args).parse_args_into_dataclasses(["--model", model, *flags])
-        args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-        results = [simulate(args, ranks)]
+        results = [simulate(parse(model, flags), ranks)]
         if own.json:
             return print(json.dumps(results[0]))
         for phase in ("sampling", "update"):
