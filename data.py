@@ -18,6 +18,7 @@ References: SEED-Bench-R1 (arXiv 2503.24376), LongVideoBench (arXiv 2407.15754),
 """
 import argparse
 import atexit
+import bisect
 import contextlib
 import errno
 import functools
@@ -525,24 +526,32 @@ def grade(completion: str, example: Example, parse=parse_answer) -> tuple[str | 
 # tests/test_reasoning.py shows on written completions what they can tell, and what not.
 
 STOP_WORDS = frozenset("a an the this that these those of to in on onto into from with at by for and or it its his her "
-                       "their he she they person is are was were be been being has have had up out off c".split())
-IRREGULAR = {"took": "take", "taken": "take", "held": "hold", "brought": "bring", "broke": "break", "broken": "break",
-             "made": "make", "left": "leave", "got": "get", "threw": "throw", "thrown": "throw", "ground": "grind"}
+                       "their he she they person has have had up down out c can now then again also".split())
+ALIKE = dict(pair.split("/") for pair in (
+    "took/take taken/take held/hold brought/bring broke/break broken/break made/make left/leave got/get threw/throw "
+    "thrown/throw ground/grind knives/knife grab/tak pick/tak plac/put").split())  # the last three are stems
+WORD = re.compile(r"(?<!\w)(?<!\w')(?:((?:is|are|was|were|be|been|being)\b(?:\s+be(?:en|ing)\b)?)|[a-z]+)|[,.;:!?]")
 # A full stop behind a lone capital is that of an option, "B. grab onion".
-CLAUSE_END = re.compile(r"(?<![^\w][A-Z])[.;!?]+(?=\s|$)|\n+|"
-                        r",?\s+(?=(?:so|therefore|thus|hence|but|because|since|while)\b)", re.IGNORECASE)
-CONCLUDES = re.compile(r"\b(?:answers?|conclu\w+|so|therefore|thus|hence|choose|pick|select|go with|next|correct|right|"
-                       r"best|likely|must|should|says|fits|matches)\b", re.IGNORECASE)
-ARTICLE = re.compile(r"\W*A\s+(?!(?:is|was|seems|fits|matches|says|must|would|describes|follows|makes|and|or)\b)[a-z]")
+CLAUSE_END = re.compile(r"(?<![^\w][A-Z])[.;!?](?=\s|$)|\n+|,?\s(?=(?:so(?! that)|therefore|thus|hence|but|because|"
+                        r"since|while|without|before|and now)\b)", re.IGNORECASE)
+REASON = re.compile(r"\s*(?:because|since|while|without|before)\b[^,]*$", re.IGNORECASE)  # which concludes nothing
+CONCLUDES = re.compile(r"\b(?:answers?|conclu\w+|so|therefore|thus|hence|choose(?! between)|pick(?! up)|select|go with|"
+                       r"next(?!,)|(?:is|be|needs?|has|have) to|correct|right(?! hand)|best|only|most|more|likely|must|"
+                       r"should|says|fits|matches|aligns)\b", re.IGNORECASE)
+ARTICLE = re.compile(r"(?:^|:)[^\w:]{0,9}(?=A\s+(?!(?:is|was|seems|fits|matches|says|must|would|describes|follows|"
+                     r"makes|and|or)\b)[a-z])")
+ITEM = re.compile(r"\W*(?:[Oo]ption\s+)?\(?[A-Z]\W*[.):(-]\W*\w")  # of a list of options
 # An option that is named to be turned down: "not C", "rather than C"; "C is wrong", "C was already done".
-TURNED_DOWN = re.compile(r"(?:\bnot|n't|\bthan|\binstead of|\bout|\beliminat\w+|\bexclud\w+|\bn?either|\bnor)\s+"
-                         r"(?:(?:the|be|it|is|to|options?|answers?|choices?)\s+)*\W*$", re.IGNORECASE)
-IS_DOWN = re.compile(r"\s*(?:(?:is|are|was|were|has|have|does|do|would|can|could|seems?|comes?|been|be)\s+)*"
+TURNED_DOWN = re.compile(r"(?:n't|\b(?:not|cannot|than|instead of|out|eliminat\w+|exclud\w+|n?either|nor|other))"
+                         r"\s+(?:(?:the|be|it|is|to|like|such as|options?|answers?|choices?)\b\W+)*\W*$", re.IGNORECASE)
+IS_DOWN = re.compile(r"[^\w,]*(?:(?:is|are|was|were|has|have|does|do|would|can|could|seems?|comes?|been|be)\s+)*"
                      r"(?:not|\w+n't|wrong|incorrect|unlikely|already|impossible|later|irrelevant|premature|done|"
-                     r"too early)\b", re.IGNORECASE)
+                     r"ruled out|makes no|too early)\b", re.IGNORECASE)
+JOINED = re.compile(r"[^\w.]*(?:[,/]|\b(?:and|n?or)\b)[^\w.]*(?:option\s+)?[^\w.]*", re.IGNORECASE)  # A, B or option C
 # Clauses that tell of options, or of what is still to come.
-NOT_DONE = re.compile(r"\b(?:next|needs?|should|would|will|could|may|might|must|likely|not|yet|later|options?|answers?|"
-                      r"choices?|goal|task|going|remains?)\b|\([A-Z]\)|^\W*[A-Z][.):]", re.IGNORECASE)
+NOT_DONE = re.compile(r"\b(?:next(?!,)|needs?|should|would|will|(?<!the )(?<!a )can(?! see| be seen)|could|may|might|"
+                      r"must|likely|not|without|yet|later|options?|answers?|choices?|goal|task|going|about to|"
+                      r"remains?)\b|\([A-Z]\)|^\W*[A-Z][.):]", re.IGNORECASE)
 
 
 def reasoning_clauses(completion: str) -> list[str]:
@@ -551,48 +560,65 @@ def reasoning_clauses(completion: str) -> list[str]:
     return [clause for clause in CLAUSE_END.split(text) if clause.strip()]
 
 
+@functools.lru_cache(1 << 14)
+def stem(word: str) -> str:
+    """A word without its endings: wash for "washing", cut for "cuts", and one stem, tak, for take, took and grabs."""
+    word = re.sub(r"(?<=[aeiouy])([^aeiouy]*)(?:ing|(?<!e)ed|(?<!s)s)$", r"\1", ALIKE.get(word, word))
+    word = re.sub(r"([^aeiou])\1$", r"\1", re.sub(r"(?<=\w\w)e$", "", word))  # cutting, cutt, cut
+    word = re.sub("y$", "i", word)
+    return ALIKE.get(word, word)
+
+
 def content_words(text: str) -> list[tuple[str, int, int]]:
-    """(stem, begin, end) of each word that carries meaning: "Washing the pots" is wash, pot, and so is "wash pot"."""
-    words = []
-    for match in re.finditer(r"(?<![\w'])[a-z]+", text.lower()):
-        stem = IRREGULAR.get(match.group(), match.group())
-        if stem not in STOP_WORDS:
-            stem = re.sub(r"(?<=[a-z]{2})(?:ing|ed|es|(?<!s)s|e)$", "", stem)
-            stem = re.sub(r"([^aeiou])\1$", r"\1", stem)  # cutting
-            words.append((re.sub("y$", "i", stem), match.start(), match.end()))
-    return words
+    """(stem, begin, end) of each word that carries meaning, of "be", which makes the passive, and of marks as ","."""
+    return [("be" if match[1] else stem(match[0]), match.start(), match.end())
+            for match in WORD.finditer(text.lower()) if match[0] not in STOP_WORDS]
 
 
-def named_by_letter(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
-    """(begin, end, letter) wherever a clause names an option by its letter."""
-    letters = string.ascii_uppercase[:len(options)]
-    matches = re.finditer(rf"(?<![\w'#])(?:\(([{letters}])\)|([{letters}])(?![\w']))", clause)
-    first_word = clause.find("A") if ARTICLE.match(clause) else -1
-    return [(match.start(), match.end(), match[1] or match[2]) for match in matches if match.start() != first_word]
+def places(text: str, words: list[tuple[str, int, int]], lacking: bool = False) -> Iterable[tuple[int, int]]:
+    """(first, last) wherever words name an option or a step: by all of its content words, or `lacking` up to a third.
+
+    They stand close together in one phrase, behind the first of them, the verb, or in the passive.
+    """
+    stems = [word for word, *_ in content_words(text) if word.isalpha() and word != "be"]
+    enough, width = len(set(stems)) - lacking * (len(set(stems)) // 3), len(stems) + (len(stems) + 1) // 2
+    for first in (i for i, (word, *_) in enumerate(words) if word in stems):
+        seen = []
+        for last, (word, *_) in enumerate(words[first:first + width], first):
+            if not word.isalpha() or word in seen[:1]:  # the phrase ends, or a later place is closer
+                break
+            seen.append(word)
+            has_verb = stems[0] == seen[0] or {stems[0], "be"} <= set(seen)
+            if has_verb and len(set(seen).intersection(stems)) >= enough:
+                yield first, last
+                break
 
 
 def named_by_text(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
-    """(begin, end, letter) wherever a clause names an option by all its content words, in a row and in their order.
-
-    An option whose text stands inside another's is named where the longer one is not.
-    """
+    """(begin, end, letter) wherever a clause names an option by its text, and not by that of a longer option."""
     words, taken, found = content_words(clause), set(), []
     for letter, option in sorted(zip(string.ascii_uppercase, options), key=lambda pair: -len(pair[1])):
-        stems = [stem for stem, _, _ in content_words(option)]
-        for i in range(len(words) - len(stems) + 1) if stems else ():
-            place = range(i, i + len(stems))
-            if [stem for stem, _, _ in words[i:i + len(stems)]] == stems and not taken.intersection(place):
-                taken.update(place)
-                found.append((words[i][1], words[place[-1]][2], letter))
+        for first, last in places(option, words):
+            if taken.isdisjoint(range(first, last + 1)):
+                taken.update(range(first, last + 1))
+                found.append((words[first][1], words[last][2], letter))
     return found
 
 
 def favoured(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """(begin, end, letter) of each option that a clause names and does not turn down, in their order."""
-    named, down = [], None  # where the last option ended that was turned down: in "not A or B" B is, too
-    for begin, end, letter in sorted(named_by_letter(clause, options) + named_by_text(clause, options)):
-        as_well = down is not None and re.fullmatch(r"\W*(?:and|or|nor)?\W*", clause[down:begin])
-        if as_well or TURNED_DOWN.search(clause[:begin]) or IS_DOWN.match(clause[end:]):
+    letters, articles = string.ascii_uppercase[:len(options)], {match.end() for match in ARTICLE.finditer(clause)}
+    form = rf"(?<![\w#])(?<!\w')(?:\(([{letters}])\)|([{letters.replace('I', '')}])(?!\w|'\w))"  # I is whoever writes
+    by_letter = [(match.start(), match.end(), match[1] or match[2]) for match in re.finditer(form, clause)
+                 if match.start() not in articles]
+    mentions, named, down = [], [], None  # down: where the last option ended that was; in "not A or B" B is, too
+    for begin, end, letter in sorted(by_letter + named_by_text(clause, options)):
+        if mentions and mentions[-1][2] == letter and not re.search(r"\w", clause[mentions[-1][1]:begin]):
+            begin = mentions.pop()[0]  # "B. cut onion" is one
+        mentions.append((begin, end, letter))
+    for begin, end, letter in mentions:
+        as_well = down is not None and JOINED.fullmatch(clause, down, begin)
+        if as_well or TURNED_DOWN.search(clause[max(0, begin - 40):begin]) or IS_DOWN.match(clause, end):
             down = end
         else:
             named.append((begin, end, letter))
@@ -605,37 +631,26 @@ def concluded_option(completion: str, options: tuple[str, ...]) -> str | None:
     That is what the last clause with a word such as "answer", "so", "next" or "best" names behind this word, or else
     before it. Where no clause has one, it is the one option that the last clause names, but not as an item of a list.
     """
-    clauses = reasoning_clauses(completion)
+    clauses = [clause for clause in reasoning_clauses(completion) if options and not REASON.match(clause)]
     for clause in reversed(clauses):
         named, words = favoured(clause, options), [match.end() for match in CONCLUDES.finditer(clause)]
         if named and words:
             word = max((end for end in words if end <= named[-1][0]), default=None)
             (_, end, letter), *others = named[-1:] if word is None else [item for item in named if item[0] >= word]
-            undecided = others and others[0][2] != letter and re.fullmatch(r"\W*(?:or|and|/)\s*(?:option\s+)?\W*",
-                                                                           clause[end:others[0][0]])
+            undecided = others and others[0][2] != letter and JOINED.fullmatch(clause, end, others[0][0])
             return None if undecided else letter
     last = {letter for _, _, letter in favoured(clauses[-1], options)} if clauses else set()
-    is_item = clauses and re.match(r"\W*(?:[Oo]ption\s+)?\(?[A-Z]\b", clauses[-1])
-    return last.pop() if len(last) == 1 and not is_item else None
+    return last.pop() if len(last) == 1 and not ITEM.match(clauses[-1][:40]) else None
 
 
 def steps_told(text: str, steps: tuple[str, ...]) -> int:
-    """How many of the steps a text names in their order: the longest chain of such.
-
-    A step is named where two thirds of its content words stand close together, in whatever order.
-    """
-    words = [stem for stem, _, _ in content_words(text)]
-    ends = [-1]  # ends[n]: the first place where a chain of n steps can end
+    """How many of the steps a text names in their order: the longest chain of such, each ending behind the last."""
+    words, ends = content_words(text), []  # ends[n]: the first word with which a chain of n + 1 steps can end
     for step in steps:
-        stems = {stem for stem, _, _ in content_words(step)}
-        width = 2 * len(stems)
-        places = [i for i, word in enumerate(words) if word in stems
-                  and 3 * len(stems.intersection(words[i:i + width])) >= 2 * len(stems)]
-        for n in reversed(range(len(ends))):  # from the longest, so that a step is used once
-            end = next((i + len(stems) - 1 for i in places if i > ends[n]), math.inf)
-            if end < math.inf:
-                ends[n + 1:n + 2] = [min([end, *ends[n + 1:n + 2]])]
-    return len(ends) - 1
+        for last in sorted((last for _, last in places(step, words, lacking=True)), reverse=True):
+            n = bisect.bisect_left(ends, last)
+            ends[n:n + 1] = [last]
+    return len(ends)
 
 
 def agreement_reward(completion: str, example: Example) -> float:
@@ -657,7 +672,8 @@ def process_reward(completion: str, example: Example) -> float:
     if not steps:
         return math.nan
     told = ", ".join(clause for clause in reasoning_clauses(completion) if not NOT_DONE.search(clause))
-    invented = tuple(option for option in options if option not in steps)
+    done = ", ".join(steps)  # "wash pot" is no invention where "washes the pot with water" was done
+    invented = tuple(option for option in options if not any(places(option, content_words(done))))
     return steps_told(told, steps) / (len(steps) + len({letter for *_, letter in named_by_text(told, invented)}))
 
 
