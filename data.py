@@ -525,11 +525,11 @@ def grade(completion: str, example: Example, parse=parse_answer) -> tuple[str | 
 # Reasoning: which option it concludes with, and which steps it says were done. By rules, as a reader skims a text;
 # tests/test_reasoning.py shows on written completions what they can tell, and what not.
 
-STOP_WORDS = frozenset("a an the this that these those of to in on onto into from with at by for and or it its his her "
+STOP_WORDS = frozenset("a an the this that these those of to in on onto into from with at by for and or its his her "
                        "their he she they person has have had up down out c can now then again also".split())
-ALIKE = dict(pair.split("/") for pair in (
-    "took/take taken/take held/hold brought/bring broke/break broken/break made/make left/leave got/get threw/throw "
-    "thrown/throw ground/grind knives/knife grab/tak pick/tak plac/put").split())  # the last three are stems
+ALIKE = dict(pair.split("/") for pair in (  # the last four are stems
+    "took/take taken/take held/hold brought/bring broke/break broken/break made/make got/get threw/throw thrown/throw "
+    "swept/sweep dug/dig hung/hang knives/knife grab/tak pick/tak plac/put them/it").split())
 WORD = re.compile(r"(?<!\w)(?<!\w')(?:((?:is|are|was|were|be|been|being)\b(?:\s+be(?:en|ing)\b)?)|[a-z]+)|[,.;:!?]")
 # A full stop behind a lone capital is that of an option, "B. grab onion".
 CLAUSE_END = re.compile(r"(?<![^\w][A-Z])[.;!?](?=\s|$)|\n+|,?\s(?=(?:so(?! that)|therefore|thus|hence|but|because|"
@@ -538,8 +538,7 @@ REASON = re.compile(r"\s*(?:because|since|while|without|before)\b[^,]*$", re.IGN
 CONCLUDES = re.compile(r"\b(?:answers?|conclu\w+|so|therefore|thus|hence|choose(?! between)|pick(?! up)|select|go with|"
                        r"next(?!,)|(?:is|be|needs?|has|have) to|correct|right(?! hand)|best|only|most|more|likely|must|"
                        r"should|says|fits|matches|aligns)\b", re.IGNORECASE)
-ARTICLE = re.compile(r"(?:^|:)[^\w:]{0,9}(?=A\s+(?!(?:is|was|seems|fits|matches|says|must|would|describes|follows|"
-                     r"makes|and|or)\b)[a-z])")
+ARTICLE = re.compile(r"(?:^|:)[^\w:]{0,9}(?=A\s+(?!(?:is|was|seems|fits|matches|says|must|would|makes|and|or)\b)[a-z])")
 ITEM = re.compile(r"\W*(?:[Oo]ption\s+)?\(?[A-Z]\W*[.):(-]\W*\w")  # of a list of options
 # An option that is named to be turned down: "not C", "rather than C"; "C is wrong", "C was already done".
 TURNED_DOWN = re.compile(r"(?:n't|\b(?:not|cannot|than|instead of|out|eliminat\w+|exclud\w+|n?either|nor|other))"
@@ -575,13 +574,14 @@ def content_words(text: str) -> list[tuple[str, int, int]]:
             for match in WORD.finditer(text.lower()) if match[0] not in STOP_WORDS]
 
 
-def places(text: str, words: list[tuple[str, int, int]], lacking: bool = False) -> Iterable[tuple[int, int]]:
-    """(first, last) wherever words name an option or a step: by all of its content words, or `lacking` up to a third.
+def places(text: str, words: list[tuple[str, int, int]], loosely: bool = False) -> Iterable[tuple[int, int]]:
+    """(first, last) wherever words name an option or a step: by all of its content words, close together in a phrase.
 
-    They stand close together in one phrase, behind the first of them, the verb, or in the passive.
+    Its first word, the verb, stands before the others, or behind them in the passive. Loosely: a third of the words may
+    be missing, and "it" is whatever was named before.
     """
-    stems = [word for word, *_ in content_words(text) if word.isalpha() and word != "be"]
-    enough, width = len(set(stems)) - lacking * (len(set(stems)) // 3), len(stems) + (len(stems) + 1) // 2
+    stems = [word for word, *_ in content_words(text) if word.isalpha() and word not in ("be", "it")]
+    enough, width = len(set(stems)) - loosely * (len(set(stems)) // 3), len(stems) + (len(stems) + 1) // 2
     for first in (i for i, (word, *_) in enumerate(words) if word in stems):
         seen = []
         for last, (word, *_) in enumerate(words[first:first + width], first):
@@ -589,7 +589,8 @@ def places(text: str, words: list[tuple[str, int, int]], lacking: bool = False) 
                 break
             seen.append(word)
             has_verb = stems[0] == seen[0] or {stems[0], "be"} <= set(seen)
-            if has_verb and len(set(seen).intersection(stems)) >= enough:
+            meant = [word for word, *_ in words[max(0, first - 9):first] if loosely and "it" in seen]
+            if has_verb and len(set(seen + meant).intersection(stems)) >= enough:
                 yield first, last
                 break
 
@@ -609,8 +610,7 @@ def favoured(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]
     """(begin, end, letter) of each option that a clause names and does not turn down, in their order."""
     letters, articles = string.ascii_uppercase[:len(options)], {match.end() for match in ARTICLE.finditer(clause)}
     form = rf"(?<![\w#])(?<!\w')(?:\(([{letters}])\)|([{letters.replace('I', '')}])(?!\w|'\w))"  # I is whoever writes
-    by_letter = [(match.start(), match.end(), match[1] or match[2]) for match in re.finditer(form, clause)
-                 if match.start() not in articles]
+    by_letter = [(*m.span(), m[1] or m[2]) for m in re.finditer(form, clause) if m.start() not in articles]
     mentions, named, down = [], [], None  # down: where the last option ended that was; in "not A or B" B is, too
     for begin, end, letter in sorted(by_letter + named_by_text(clause, options)):
         if mentions and mentions[-1][2] == letter and not re.search(r"\w", clause[mentions[-1][1]:begin]):
@@ -647,7 +647,7 @@ def steps_told(text: str, steps: tuple[str, ...]) -> int:
     """How many of the steps a text names in their order: the longest chain of such, each ending behind the last."""
     words, ends = content_words(text), []  # ends[n]: the first word with which a chain of n + 1 steps can end
     for step in steps:
-        for last in sorted((last for _, last in places(step, words, lacking=True)), reverse=True):
+        for last in sorted((last for _, last in places(step, words, loosely=True)), reverse=True):
             n = bisect.bisect_left(ends, last)
             ends[n:n + 1] = [last]
     return len(ends)
