@@ -534,7 +534,7 @@ WORD = re.compile(r"(?<!\w)(?<!\w')(?:((?:is|are|was|were|be|been|being)\b(?:\s+
 # A full stop behind a lone capital is that of an option, "B. grab onion".
 CLAUSE_END = re.compile(r"(?<![^\w][A-Z])[.;!?](?=\s|$)|\n+|,?\s(?=(?:so(?! that)|therefore|thus|hence|but|because|"
                         r"since|while|without|before|and now)\b)", re.IGNORECASE)
-REASON = re.compile(r"\s*(?:because|since|while|without|before)\b[^,]*$", re.IGNORECASE)  # which concludes nothing
+REASON = re.compile(r"\s*(?:because|since|while|without|before)\b[^,]*$")  # which concludes nothing
 CONCLUDES = re.compile(r"\b(?:answers?|conclu\w+|so|therefore|thus|hence|choose(?! between)|pick(?! up)|select|go with|"
                        r"next(?!,)|(?:is|be|needs?|has|have) to|correct|right(?! hand)|best|only|most|more|likely|must|"
                        r"should|says|fits|matches|aligns)\b", re.IGNORECASE)
@@ -546,7 +546,7 @@ TURNED_DOWN = re.compile(r"(?:n't|\b(?:not|cannot|than|instead of|out|eliminat\w
 IS_DOWN = re.compile(r"[^\w,]*(?:(?:is|are|was|were|has|have|does|do|would|can|could|seems?|comes?|been|be)\s+)*"
                      r"(?:not|\w+n't|wrong|incorrect|unlikely|already|impossible|later|irrelevant|premature|done|"
                      r"ruled out|makes no|too early)\b", re.IGNORECASE)
-JOINED = re.compile(r"[^\w.]*(?:[,/]|\b(?:and|n?or)\b)[^\w.]*(?:option\s+)?[^\w.]*", re.IGNORECASE)  # A, B or option C
+JOINED = re.compile(r"[^\w.]{0,9}(?:[,/]|\b(?:and|n?or)\b)[^\w.]{0,9}(?:option )?\W?", re.IGNORECASE)  # A or option B
 # Clauses that tell of options, or of what is still to come.
 NOT_DONE = re.compile(r"\b(?:next(?!,)|needs?|should|would|will|(?<!the )(?<!a )can(?! see| be seen)|could|may|might|"
                       r"must|likely|not|without|yet|later|options?|answers?|choices?|goal|task|going|about to|"
@@ -580,17 +580,17 @@ def places(text: str, words: list[tuple[str, int, int]], loosely: bool = False) 
     Its first word, the verb, stands before the others, or behind them in the passive. Loosely: a third of the words may
     be missing, and "it" is whatever was named before.
     """
-    stems = [word for word, *_ in content_words(text) if word.isalpha() and word not in ("be", "it")]
-    enough, width = len(set(stems)) - loosely * (len(set(stems)) // 3), len(stems) + (len(stems) + 1) // 2
+    stems = dict.fromkeys(word for word, *_ in content_words(text) if word.isalpha() and word not in ("be", "it"))
+    verb, enough = next(iter(stems), ""), len(stems) - loosely * (len(stems) // 3)
     for first in (i for i, (word, *_) in enumerate(words) if word in stems):
         seen = []
-        for last, (word, *_) in enumerate(words[first:first + width], first):
+        for last, (word, *_) in enumerate(words[first:first + len(stems) + (len(stems) + 1) // 2], first):
             if not word.isalpha() or word in seen[:1]:  # the phrase ends, or a later place is closer
                 break
             seen.append(word)
-            has_verb = stems[0] == seen[0] or {stems[0], "be"} <= set(seen)
-            meant = [word for word, *_ in words[max(0, first - 9):first] if loosely and "it" in seen]
-            if has_verb and len(set(seen + meant).intersection(stems)) >= enough:
+            meant = words[max(0, first - 9):first] if loosely and "it" in seen else ()
+            named = stems.keys() & [*seen, *(word for word, *_ in meant)]
+            if len(named) >= enough and (seen[0] == verb or "be" in seen and verb in seen):
                 yield first, last
                 break
 
