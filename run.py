@@ -211,7 +211,7 @@ FREE_ON_RESUME = {"output_dir", "resume", "change", "num_workers", "print_every"
 WHAT_LEARNS = {"lora_rank", "lora_alpha", "freeze_vision"}
 # What a run writes. A folder with anything else in it is never moved, but for evaluations inside that of their model.
 OWN = re.compile(r"(lock|args\.json|metrics\.jsonl|completions\.txt|report\.json|checkpoints|final|adapters|"
-                 r"results\.json|"
+                 r"results\.json|attention(\.json|(_\w+)?\.png)|"
                  r"samples(_rank\d+)?\.jsonl|events\.out\.tfevents.*)(\.part)?")
 LOCKS = []  # open files: what closes them gives the folder free
 
@@ -247,7 +247,8 @@ def claim_folder(args) -> None:
     if before is not None:
         check_resumed(before, now, settings)
     elif settings in found:
-        if Path(args.model).resolve().is_relative_to(folder.resolve()):
+        models = args.model if isinstance(args.model, list) else [args.model]
+        if any(Path(model).resolve().is_relative_to(folder.resolve()) for model in models):
             raise ValueError(f"--model {args.model} lies in --output_dir {folder}, which is about to be moved aside; "
                              "give another")
         old = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old{n}")).exists())

@@ -170,7 +170,8 @@ def parse_args(args_class, toy: dict, argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     flags = {word.split("=")[0][2:].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     args, = parser.parse_args_into_dataclasses(argv)
-    small = is_small(args.model)
+    models = args.model if isinstance(args.model, list) else [args.model]  # attention.py takes several
+    small = all(map(is_small, models))
     if args.data_root == "toy" and not small:
         raise ValueError(f"--model {args.model} needs --data_root: the toy world is for small models in a local folder")
     if args.data_root != "toy" and "model" not in flags:
