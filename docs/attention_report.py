@@ -26,7 +26,8 @@ from data import PixelSettings, cached_video  # noqa: E402
 KINDS = ("reasoning", "answer", "step")
 COLOURS, MARKS = ("#d98c3f", "#2b6cb0", "#222222", "#8a8f98"), "osD^"  # of models; they differ in grey too
 FRAME = "#c1440e"  # round the time steps that show what a token names
-CAPTION = "A row: where the model looks as it chooses this token. Framed: the time steps that show the step named."
+CAPTION = "A row: where the model looks as it chooses this token.\nFramed: the time steps that show what it names."
+MOST_ROWS = 48  # tokens of a picture, the first ones
 
 
 def unpack(packed: dict) -> np.ndarray:
@@ -82,7 +83,7 @@ def print_models(tables: list[dict]) -> None:
                       ("all: another question's video is shown", "other_video")):
         rows[f"  {name}"] = [cell(table, "hiding", key, scale=1, digits=2) for table in tables]
     print()
-    for name, cells in rows.items():
+    for name, cells in [row for row in rows.items() if {*row[1]} != {"-"}]:
         print(f"{name:44}" + "".join(f"{cell:>32}" for cell in cells))
     print("(95% bootstrap intervals over n questions)\n")
     for table in tables:
@@ -91,20 +92,22 @@ def print_models(tables: list[dict]) -> None:
 
 def verdict(table: dict) -> str:
     """What attention and hiding say together."""
-    end, hiding = table["diagonal"], table["hiding"]
-    if not end and "own" not in hiding:
-        return "it names no step of which it is known when it is shown, so nothing is known of where it looks for it."
-    text = "too few answers name two steps to say whether its words look at their own time steps"
+    (kind, found), end, hiding = next(iter(table["kinds"].items())), table["diagonal"], table["hiding"]
+    text = (f"of the attention of its {kind} tokens {100 * np.mean(found['vision']):.0f}% is on vision tokens "
+            f"(uniform: {100 * found['uniform_vision']:.0f})")
     if end:
         looks = end["picked_above_chance"]["low"] > 0
-        text = f"its words {'look' if looks else 'do not look'} at the time steps of the step that they name"
-        text += f" ({100 * end['picked']['mean']:.0f}%, chance {100 * end['chance']:.0f}"
-        text += f"; {100 * end['other_video']['mean']:.0f} on another video)" if end["other_video"] else ")"
-    if "own" not in hiding:
-        return text + "; nothing could be hidden."
-    need = "need them" if hiding["difference"]["low"] > 0 else "do not need them"
-    return (f"{text}; they {need}: {hiding['own']['mean']:.2f} nats are lost without these, "
-            f"{hiding['others']['mean']:.2f} without others.")
+        text += f"; its words {'look' if looks else 'do not look'} at the time steps of the step that they name ("
+        text += f"{100 * end['picked']['mean']:.0f}%, chance {100 * end['chance']:.0f}"
+        text += f", on another video {100 * end['other_video']['mean']:.0f})" if end["other_video"] else ")"
+    if hiding.get("own"):
+        need = "need these time steps" if hiding["difference"]["low"] > 0 else "do not need these time steps"
+        text += (f"; they {need}: {hiding['own']['mean']:.2f} nats are lost without them, "
+                 f"{hiding['others']['mean']:.2f} without others")
+    if not end:
+        text += ("; its answers name two steps too seldom for a diagonal" if hiding.get("own") else
+                 "; which time steps show what it names is not known, or it names no step")
+    return text + "."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +181,8 @@ def runs(one: dict) -> list[tuple[int, int, str]]:
 
 def draw_tokens(ones: list[dict], names: list[str], file: Path) -> None:
     """The reasoning down, time steps across, a panel for each model."""
-    rows, weights = [one["token_kinds"]["reasoning"] for one in ones], [100 * unpack(one["frames"]) for one in ones]
+    rows = [one["token_kinds"]["reasoning"][:MOST_ROWS] for one in ones]
+    weights = [100 * unpack(one["frames"]) for one in ones]
     most = max(w[tokens].max(initial=0) for w, tokens in zip(weights, rows))
     figure, grid = plt.subplots(1, len(ones), figsize=(1.4 + 3.9 * len(ones), 2 + 0.2 * max(map(len, rows))),
                                 layout="constrained", squeeze=False)
@@ -209,10 +213,10 @@ def draw_frames(ones: list[dict], names: list[str], pixels: np.ndarray, file: Pa
     maps = [dict(zip(one["placed"], 100 * unpack(one["places"]))) for one in ones]
     most = max(places[token].max() for places, tokens in zip(maps, rows) for token in tokens)
     wide, deep = len(ones) * (time + 2), 1 + max(map(len, rows))
-    figure, axes = plt.subplots(figsize=(1 + 0.62 * wide, 1.1 + 0.62 * deep), layout="constrained")
+    figure, axes = plt.subplots(figsize=(0.9 + 0.62 * wide, 0.7 + 0.62 * (deep + 0.7)), layout="constrained")
     for m, (one, tokens, places, name) in enumerate(zip(ones, rows, maps, names)):
         left = m * (time + 2)  # a cell is 1 x 1, with a gap of 0.1
-        axes.text(left + time / 2, -0.55, name, ha="center", fontsize=11)
+        axes.text(left + time / 2, -0.5, name, ha="center", fontsize=11)
         for t in range(time):
             axes.text(left + t + 0.45, -0.12, t + 1, ha="center", fontsize=8)
             axes.imshow(pixels[2 * t], extent=(left + t, left + t + 0.9, 0.9, 0))
@@ -224,8 +228,8 @@ def draw_frames(ones: list[dict], names: list[str], pixels: np.ndarray, file: Pa
                 shows = t in framed(one, token)
                 axes.add_patch(plt.Rectangle((left + t, y), 0.9, 0.9, fill=False, lw=2 if shows else 0.5,
                                              edgecolor=FRAME if shows else "#bbbbbb"))
-    axes.set(xlim=(-1.6, wide - 1.9), ylim=(deep, -1), xticks=[], yticks=[], aspect="equal")
-    axes.set_xlabel(f"{CAPTION} Above: the frames, by time step.", fontsize=8)
+    axes.set(xlim=(-1.6, wide - 1.9), ylim=(deep, -0.7), xticks=[], yticks=[], aspect="equal")
+    axes.set_xlabel(f"Above: the frames, by time step. {CAPTION}", fontsize=8)
     axes.set_frame_on(False)
     figure.colorbar(image, ax=axes, label="% of a token's attention", shrink=0.7)
     figure.savefig(file, dpi=160)

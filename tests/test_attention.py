@@ -405,8 +405,10 @@ def test_the_file_has_what_its_docstring_says(looked, capsys):
     attention_report.print_layers(results["models"][0])
     attention_report.print_models(results["models"])
     printed = capsys.readouterr().out
-    assert "toy_base: its words look at the time steps of the step that they name (8" in printed
-    assert "they need them: " in printed and "model: " in printed and "do not need them: " in printed
+    assert "is on vision tokens (uniform: " in printed and "(95% bootstrap" in printed
+    seeing, blind = printed.splitlines()[-2:]
+    assert "toy_base: " in seeing and "its words look at the time steps of the step that they name (8" in seeing
+    assert "; they need these time steps: " in seeing and "; they do not need these time steps: " in blind
 
 
 def test_numbers_are_packed_in_bytes():
