@@ -3,7 +3,8 @@
 # make test-faults   real processes, really killed, stopped and starved, six minutes more
 # make test-page the page of docs/page.py in headless Chromium, which has to be installed
 # make lint      check the style (pyproject.toml)
-# make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and blind
+# make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and
+#                blind, look at where both look, and put it all on a page
 # make results   the README's tables and picture: SFT, GRPO, GRPO by LoRA and GRPO on blank videos, three seeds
 #                each, and their controls
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
@@ -53,6 +54,9 @@ demo: .venv/installed
 	$(evaluate) out/demo/grpo_seed0/full --model out/demo/grpo_seed0/final --compare out/demo/base/full
 	$(evaluate) out/demo/grpo_seed0/random --model out/demo/grpo_seed0/final --video random --compare out/demo/grpo_seed0/full
 	$(BIN)/python docs/results.py out/demo
+	$(BIN)/python attention.py --model toy out/demo/grpo_seed0/final --output_dir out/demo/attention
+	$(BIN)/python docs/page.py out/demo/base/full out/demo/grpo_seed0/full --attention out/demo/attention/attention.json \
+	--output out/demo/page.html
 
 results: .venv/installed
 	$(BIN)/python toy.py --fresh 3

@@ -65,8 +65,10 @@ def read_pictures(questions: list[Question], settings: dict) -> dict[Path, dict]
 
 
 def make_answer(record: dict, attention: dict | None) -> dict:
-    """What the page shows of one model's answer to a question."""
+    """What the page shows of one model's answer to a question; `attention` if it is that of this very answer."""
     response, claims = record["response"], []
+    if attention and not "".join(attention["tokens"]).startswith(response):
+        attention = None
     if record["goal"].lower() in RECIPES:  # of the toy world, where what holds is known
         claims = check_claims(response, record["goal"], tuple(record["progress"]), tuple(record["options"]))
     rewards = {"accuracy": float(record["correct"]), "format": format_reward(response, None),
@@ -76,7 +78,7 @@ def make_answer(record: dict, attention: dict | None) -> dict:
 
 
 def gather(folders: list[Path], attention: dict, num_questions: int = 0) -> dict:
-    """All that the page shows. `attention`: (model, file, sample_id) -> tokens, steps and weights, where recorded."""
+    """All that the page shows. `attention` is what `read_attention` returns, or empty."""
     evaluations = [read_evaluation(folder) for folder in folders]
     answers = [{(r["file"], r["sample_id"]): r for r in records} for _, records in evaluations]
     records = {key: r for of_model in reversed(answers) for key, r in of_model.items()}
@@ -108,9 +110,18 @@ def names_of(folders: list[Path]) -> list[str]:
     return ["/".join(part[-2:] if len(parts) == 1 else part) for part in parts]
 
 
-def read_attention(path: Path) -> dict:
-    """(model, file, sample_id) -> what attention.py kept of where its reasoning looked."""
-    raise NotImplementedError
+def read_attention(path: Path) -> dict[tuple[str, str, str], dict]:
+    """(model, file, sample_id) -> what attention.py kept of where the tokens of the answer looked."""
+    try:
+        content = json.loads(path.read_text())
+        settings, models = content["settings"], content["models"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"--attention {path}: not there, or not written by attention.py") from None
+    if settings["video"] != "full":
+        return {}
+    return {(model["model"], settings["eval_file"], sample["id"]): {
+        "tokens": sample["tokens"], "steps": sample["frames"]["shape"][1], "scale": sample["frames"]["scale"],
+        "weights": sample["frames"]["data"]} for model in models for sample in model["samples"]}
 
 
 def write_page(content: dict, path: Path) -> None:

@@ -1,6 +1,7 @@
 """docs/page.py: what it gathers, and the page itself in headless Chromium (`make test-page`)."""
 import base64
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -48,13 +49,20 @@ def folders(tmp_path_factory, world):
 
 
 def recorded(folders):
-    """Attention of the honest model on the questions of one file: token n looks at time step n % 8 alone."""
-    weights = 255 * np.eye(8, dtype=np.uint8)[np.arange(12) % 8]
-    kept = {"tokens": [f"word{n} " for n in range(12)], "steps": 8,
-            "weights": base64.b64encode(weights.tobytes()).decode()}
+    """attention.json of the honest model on the questions of one file: token n looks at time step n % 8 alone."""
     model = json.loads((folders[0] / "args.json").read_text())["model"]
     records = [json.loads(line) for line in (folders[0] / "samples.jsonl").read_text().splitlines()]
-    return {(model, r["file"], r["sample_id"]): kept for r in records if r["video"] and r["file"] == FILES[0]}
+    samples = []
+    for record in records:
+        if record["video"] and record["file"] == FILES[0]:
+            tokens = re.findall(r"<[^>]+>|\W*\w+\W*", record["response"])
+            assert "".join(tokens) == record["response"]
+            weights = 250 * np.eye(8, dtype=np.uint8)[np.arange(len(tokens)) % 8]
+            samples.append({"id": record["sample_id"], "tokens": tokens, "frames": {
+                "shape": weights.shape, "scale": 0.004, "data": base64.b64encode(weights.tobytes()).decode()}})
+    content = {"settings": {"eval_file": FILES[0], "video": "full"}, "models": [{"model": model, "samples": samples}]}
+    (folders[0].parent / "attention.json").write_text(json.dumps(content))
+    return page.read_attention(folders[0].parent / "attention.json")
 
 
 def test_what_is_gathered(folders, world):
@@ -192,7 +200,7 @@ def test_pointing_at_a_word_lights_up_its_frames(open_page, folders):
     first = tab.locator("article").first
     opacity = "frames => frames.map(frame => +getComputedStyle(frame).opacity)"
     frames = first.locator("figure:not(.image) .frame")
-    assert first.locator(".token").count() == 12 and frames.count() == 16
+    assert first.locator(".token").count() > 9 and frames.count() == 16
 
     def lit():
         tab.wait_for_timeout(150)  # the change of brightness
