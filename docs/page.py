@@ -11,6 +11,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def read_pictures(questions: list[Question], settings: dict) -> dict[Path, dict]
 def make_answer(record: dict, attention: dict | None) -> dict:
     """What the page shows of one model's answer to a question; `attention` if it is that of this very answer."""
     response, claims = record["response"], []
-    if attention and not "".join(attention["tokens"]).startswith(response):
+    ascii_only = re.compile(r"[^ -~]")  # of a character in several tokens, tokens have no part
+    said = ascii_only.sub("", response)
+    if attention and not ascii_only.sub("", "".join(attention["tokens"])).startswith(said):
         attention = None
     if record["goal"].lower() in RECIPES:  # of the toy world, where what holds is known
         claims = check_claims(response, record["goal"], tuple(record["progress"]), tuple(record["options"]))
