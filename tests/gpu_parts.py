@@ -209,9 +209,11 @@ def distance(ours: list, truth: list) -> float:
 
 
 def equal_to_generate(qwen, examples, ours, ends, banned) -> int:
-    """How many greedy tokens of all rows are those of Hugging Face's generate, up to the first that differs."""
-    config, equal, per_second = qwen.config, 0, FAMILIES[qwen.config.model_type].tokens_per_second
-    of_time = {"second_per_grid_ts": torch.tensor([1 / per_second])} if per_second else {}  # a time step is 1 position
+    """How many greedy tokens of all rows are those of Hugging Face's generate, up to the first that differs.
+
+    It is given our positions: its own behind a video are others (`rope_positions` in data.py).
+    """
+    config, equal = qwen.config, 0
     plain = GenerationConfig(do_sample=False, max_new_tokens=ours.ids.shape[1], pad_token_id=0,
                              eos_token_id=ends.tolist(), suppress_tokens=banned.tolist())
     for example, ids, length in zip(examples, ours.ids.tolist(), ours.lengths.tolist()):
@@ -220,8 +222,10 @@ def equal_to_generate(qwen, examples, ours, ends, banned) -> int:
         kinds = (prompt == config.image_token_id).int() + 2 * (prompt == config.video_token_id).int()
         pixels = {name: getattr(example, name).to(qwen.device)
                   for name in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw")}
+        qwen.model.rope_deltas = None  # those of the prompt before
         theirs = qwen.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), mm_token_type_ids=kinds,
-                               generation_config=plain, **pixels, **of_time)[0, prompt.shape[1]:].tolist()
+                               position_ids=example.position_ids[:, None].to(qwen.device), generation_config=plain,
+                               **pixels)[0, prompt.shape[1]:].tolist()
         equal += next((t for t in range(length) if theirs[t:t + 1] != ids[t:t + 1]), length)
     return equal
 
