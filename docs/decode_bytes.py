@@ -80,6 +80,7 @@ def step_bytes(module, s, B: int = 8, width: int = C // 2) -> tuple[int, int]:
     def all_layers(qwen, embeds, positions, attend):
         for layer in range(s.layers):
             attend(layer, empty(s.H, N, d), empty(s.H_kv, N, d), empty(s.H_kv, N, d))
+        return empty(1, N, s.D)
 
     cache = module.GroupCache(qwen, B, P, G, C, META)
     cache.width = width - 1
