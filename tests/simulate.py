@@ -19,7 +19,7 @@ Update: a rank's share of --prompts_per_step (one prompt at least), its first tw
 Sampling: --rollout_prompts prompts together, whatever its share; none ends early. The reference of --kl_coef is
 computed, not run: its shards are there all the time, the layer it gathers is gone before the update begins.
 
-tests/test_simulate.py: the peaks of real steps on a CPU are these to 0.03%, with adapters to 0.7%; so for each family.
+tests/test_simulate.py: the peaks of real steps on a CPU are these to 0.06%, with adapters to 0.7%, in each family.
 What the table does not know:
     - the CUDA context and NCCL's buffers, some GB together, and what the allocator cannot use between its blocks or
       across streams (FSDP uses several): `nvidia-smi` shows more than torch's `max_memory_allocated`;

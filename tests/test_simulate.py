@@ -28,8 +28,10 @@ SHALLOW = dict(depth=2, embed_dim=256, num_heads=4)
 DEEP = dict(depth=4, embed_dim=256, num_heads=4)
 # Windows of 4 x 4 tokens, the third layer without: of 6 x 6 tokens none is a multiple.
 WINDOWS = dict(depth=3, hidden_size=256, intermediate_size=512, num_heads=4, window_size=112, fullatt_block_indexes=[2])
-DEEPSTACK = dict(depth=3, hidden_size=128, intermediate_size=1280, num_heads=4, num_position_embeddings=64,
-                 deepstack_visual_indexes=[0, 1])
+DEEPSTACK = dict(depth=3, hidden_size=64, intermediate_size=640, num_heads=4, num_position_embeddings=64,
+                 deepstack_visual_indexes=[0, 1, 2])
+NARROW = dict(hidden_size=256, intermediate_size=512, vocab_size=1024, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=48)
 # shape -> model_type, text model, vision tower, flags
 SHAPES = {
     # 37 million weights and short prompts: weights, gradients and moments are nearly all
@@ -40,10 +42,11 @@ SHAPES = {
     "adapters": ("qwen2_vl", ADAPTERS, DEEP, dict(SHORT, lora_rank=8)),
     # 9 million weights and prompts of 576 tokens: what is kept from forward to backward is most
     "activations": ("qwen2_vl", ACTIVATIONS, DEEP, LONG),
-    # the same in the other families: gates and windows in the tower; and what it adds behind text layers
+    # gates and windows in the tower
     "windows": ("qwen2_5_vl", ACTIVATIONS, WINDOWS, dict(LONG, image_size=168, max_completion_length=16)),
-    "deepstack": ("qwen3_vl", dict(ACTIVATIONS, head_dim=48), DEEPSTACK,
-                  dict(LONG, image_size=192, max_completion_length=16)),
+    # what the tower adds behind text layers; with checkpointing the first of them keeps it until its backward pass.
+    # Where `embed_prompts` drops it, in the simulation alone, the update's peak is 4.6% too low.
+    "deepstack": ("qwen3_vl", NARROW, DEEPSTACK, dict(num_frames=8, image_size=192, max_completion_length=32)),
 }
 OUT = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size", "qwen3_vl": "out_hidden_size"}
 
