@@ -81,19 +81,19 @@ class Family:
     std: tuple[float, float, float]
     system: str  # the system line of every prompt, as in the chat template; "": none
     timestamps: bool  # True: "<1.3 seconds>" in words before the tokens of each time step
-    tokens_per_second: float  # how far apart a second of video puts positions; 0: each time step is 1 from the last
+    tokens_per_second: float  # positions to a second of video, as config.json has it; 0: a time step is one position
 
     @property
     def token_size(self) -> int:
         return self.patch_size * MERGE_SIZE
 
 
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = 0.5, 0.5, 0.5
 FAMILIES = {  # model_type of config.json: what it reads
-    "qwen2_vl": Family(14, *CLIP, SYSTEM, timestamps=False, tokens_per_second=0),
-    "qwen2_5_vl": Family(14, *CLIP, SYSTEM, timestamps=False, tokens_per_second=2),
-    "qwen3_vl": Family(16, *HALF, "", timestamps=True, tokens_per_second=0),
+    "qwen2_vl": Family(14, CLIP_MEAN, CLIP_STD, SYSTEM, timestamps=False, tokens_per_second=0),
+    "qwen2_5_vl": Family(14, CLIP_MEAN, CLIP_STD, SYSTEM, timestamps=False, tokens_per_second=2),
+    "qwen3_vl": Family(16, HALF, HALF, "", timestamps=True, tokens_per_second=0),
 }
 
 
@@ -252,7 +252,7 @@ class VideoDataset(torch.utils.data.Dataset):
         video = grid(num_frames // TEMPORAL_PATCH_SIZE, any(q.video for q in self.questions))
         image = grid(1, any(q.image for q in self.questions))
         texts = [user_text(question.text, build_options(question, self.seed, 0)[0]) for question in self.questions]
-        seconds = np.arange(num_frames + 1) / self.settings.fps
+        seconds = np.full(num_frames + 1, 9999.0)  # the longest timestamps
         return len(encode_prompt(self.tokenizer, self.family, max(texts, key=len), video, image, seconds))
 
 
@@ -394,10 +394,10 @@ def rope_positions(prompt_ids: Tensor, grids: list[Tensor], time_step: float, im
     `grids`: the grid_thw (1, 3) of each run of vision tokens, in order of appearance; ValueError if they do not fit.
 
     Text counts 0, 1, 2 on all axes alike. Where a video or image begins at position p, its token (t, h, w) sits at
-    (p + t * time_step, p + h, p + w), rounded down (in float32, as in the release), and the text behind it goes on from
-    the largest of these + 1: so the paper, and its release. transformers 5 goes on from p + max(height, width), where
-    the text behind a video of more time steps than rows and columns of tokens overlaps it: 32 frames of 252 pixels are
-    16 x 9 x 9, and with Qwen2.5-VL, to which a second is 2 positions, most videos are so.
+    (p + t * time_step, p + h, p + w), rounded down, and the text behind it goes on from the largest of these + 1: so
+    the paper, and its release. transformers 5 goes on from p + max(height, width), where the text behind a video of
+    more time steps than rows and columns of tokens overlaps it: 32 frames of 252 pixels are 16 x 9 x 9, and with
+    Qwen2.5-VL, to which a second is 2 positions, most videos are so.
     """
     is_vision = (prompt_ids == image_token_id) | (prompt_ids == video_token_id)  # (P,) True: an image or video token
     pieces, position, unused = [], 0, list(grids)
@@ -407,7 +407,7 @@ def rope_positions(prompt_ids: Tensor, grids: list[Tensor], time_step: float, im
             piece = torch.arange(length).expand(3, -1)
         elif unused and num_tokens(unused[0]) == length:
             time, height, width = unused.pop(0).flatten().tolist()
-            steps = (torch.arange(time) * torch.tensor(time_step, dtype=torch.float32)).long()
+            steps = (torch.arange(time) * time_step).long()
             axes = steps, torch.arange(height // MERGE_SIZE), torch.arange(width // MERGE_SIZE)
             piece = torch.cartesian_prod(*axes).T  # width runs fastest, as in `patchify`
         else:
@@ -783,7 +783,7 @@ def decode_video(path: Path, settings: PixelSettings) -> tuple[np.ndarray, np.nd
                 error = ValueError(f"codec {codec.codec.canonical_name} ({codec.profile}) is none that decord decodes")
         raise error
     times = reader.get_frame_timestamp(range(len(reader))).astype(float)  # (n, 2) seconds
-    known = (times > -1e6).all()  # where avi and mpg files tell none, decord gives some -1e14
+    known = (np.abs(times) < 1e6).all()  # where a file tells none, decord gives some 1e14, of either sign
     # A clip cut without encoding it anew begins at a key frame before the cut. No player shows what lies before time 0:
     # decord counts these frames, but its decoder drops them. Up to the next key frame it can only be read in order.
     hidden = int((times[:, 0] < -1e-3).sum()) if known else 0

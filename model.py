@@ -43,14 +43,15 @@ def collate_prompts(examples: list[Example], device: torch.device) -> Prompts:
     """
     pixels = [(values, grid) for e in examples
               for values, grid in ((e.pixel_values_videos, e.video_grid_thw), (e.pixel_values, e.image_grid_thw))
-              if values is not None] or [(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64))]
+              if values is not None]
+    pixels = pixels or [(torch.zeros(0, 1176, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64))]
     prompt_ids = [e.prompt_ids for e in examples] or [torch.zeros(1, dtype=torch.int64)]
     position_ids = [e.position_ids for e in examples] or [torch.zeros(3, 1, dtype=torch.int64)]
     batch = Prompts(
         ids=torch.cat(prompt_ids),
         lengths=torch.tensor([len(ids) for ids in prompt_ids]),
         position_ids=torch.cat(position_ids, dim=1),
-        # Not the length: a video of 648 tokens advances the positions by 9 only (its grid's largest side, in tokens).
+        # Not the length: Qwen2-VL's positions advance by 9 over a video of 648 tokens (its grid's largest side).
         next_position=torch.stack([positions.max() + 1 for positions in position_ids]),
         pixel_values=torch.cat([values for values, _ in pixels]),
         grid_thw=torch.cat([grid for _, grid in pixels]))
@@ -140,7 +141,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 class Policy(nn.Module):
-    """pi_theta: the FSDP root around Qwen2-VL. All that must run on gathered weights happens inside its one forward."""
+    """pi_theta: the FSDP root around a model. All that must run on gathered weights happens inside its one forward."""
 
     def __init__(self, qwen: PreTrainedModel, compute_dtype: torch.dtype, naive: bool = False):
         super().__init__()

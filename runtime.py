@@ -355,15 +355,18 @@ def load_config(model: str):
 
 
 def load_family(model: str) -> Family:
-    """What the family of --model reads, its numbers from the config: transformers' class has 4 tokens per second, the
-    releases 2."""
+    """What the family of --model reads; ValueError if its patches or tokens are of another size than a release's.
+
+    tokens_per_second is that of the config: transformers' class has 4, all releases 2.
+    """
     config = load_config(model)
     family, vision = FAMILIES[config.model_type], config.vision_config
-    if (vision.temporal_patch_size, vision.spatial_merge_size) != (TEMPORAL_PATCH_SIZE, MERGE_SIZE):
-        raise ValueError(f"--model {model}: its tokens are of {vision.temporal_patch_size} frames, and "
-                         f"{vision.spatial_merge_size} patches a side; of a {config.model_type} both must be 2")
-    return replace(family, patch_size=vision.patch_size,
-                   tokens_per_second=family.tokens_per_second and vision.tokens_per_second)
+    found = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+    if found != (family.patch_size, TEMPORAL_PATCH_SIZE, MERGE_SIZE):
+        raise ValueError(f"--model {model}: patches of {found[0]} pixels and {found[1]} frames, {found[2]} to a side "
+                         f"of a token; a {config.model_type} must have {family.patch_size}, {TEMPORAL_PATCH_SIZE} and "
+                         f"{MERGE_SIZE}, or a line of its own in FAMILIES (data.py)")
+    return replace(family, tokens_per_second=family.tokens_per_second and vision.tokens_per_second)
 
 
 def load_tokenizer(model: str):

@@ -14,7 +14,7 @@ import data
 import model
 import sampler
 import tiny
-from data import CLIP, FAMILIES
+from data import CLIP_MEAN, FAMILIES
 from runtime import load_tokenizer
 
 CHECKS = ["patches", "prompts", "positions", "log-probs, shared prompts", "log-probs, --naive", "log-probs, sampler",
@@ -109,7 +109,7 @@ def test_what_cannot_begin_is_said_in_a_line(capsys, flags, said):
 # Faults, and the lines of the table that have to show them.
 
 def other_mean(patch):
-    patch.setitem(FAMILIES, "qwen3_vl", dataclasses.replace(FAMILIES["qwen3_vl"], mean=CLIP[0]))
+    patch.setitem(FAMILIES, "qwen3_vl", dataclasses.replace(FAMILIES["qwen3_vl"], mean=CLIP_MEAN))
 
 
 def reversed_frames(patch):

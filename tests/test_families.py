@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL as tiny random models, against Hugging Face's own classes and processors.
 
-Beside each equality stands what it came to with the difference between the families taken out.
+Each was seen to fail with the difference between the families taken out; where that is a number, it stands there.
 """
 import copy
 import dataclasses
@@ -103,12 +103,17 @@ def change_json(file, change):
 
 def test_the_family_is_that_of_the_folder(folder, family, tmp_path):
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    size = family.patch_size
     assert family == FAMILIES[model_type]
     other = shutil.copytree(folder, tmp_path / "other")
     change_json(other / "config.json", lambda config: config["vision_config"].update(tokens_per_second=25))
     assert load_family(str(other)).tokens_per_second == (25 if model_type == "qwen2_5_vl" else 0)
     change_json(other / "config.json", lambda config: config["vision_config"].update(spatial_merge_size=3))
-    with pytest.raises(ValueError, match=f"tokens are of 2 frames, and 3 patches a side; of a {model_type} both"):
+    with pytest.raises(ValueError, match=f"2 frames, 3 to a side of a token; a {model_type} must have {size}, 2 and 2"):
+        load_family(str(other))
+    change = {"spatial_merge_size": 2, "patch_size": 12}
+    change_json(other / "config.json", lambda config: config["vision_config"].update(change))
+    with pytest.raises(ValueError, match="patches of 12 pixels"):
         load_family(str(other))
 
 

@@ -86,6 +86,18 @@ def test_frames_before_a_cut_are_not_shown(tmp_path, codec, options, settings):
     assert np.abs(levels_of(path, settings) - want).max() < 2
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "avi"])
+@pytest.mark.parametrize("count, step", [(2, 33), (3, 33), (3, 1000), (4, 100)])
+def test_the_frames_of_a_very_short_clip_are_told_apart(tmp_path, suffix, count, step):
+    """decord knows no times of an mkv of 3 frames or fewer, and gives 9e15 for each."""
+    codec = "mpeg4" if suffix == "avi" else "libx264"
+    path = write_video(tmp_path / f"clip.{suffix}", range(0, count * step, step), codec)
+    _, levels = shown(path)
+    got, (_, seconds) = levels_of(path), data.read_video(path, SMALL)
+    assert np.abs(got[[0, -1]] - levels[[0, -1]]).max() < 2 and len(set(got.round())) == count
+    assert seconds[0] == 0 and seconds[-1] >= seconds[-2] > 0
+
+
 def test_a_cut_inside_a_frame(tmp_path):
     path = write_video(tmp_path / "cut.mp4", range(0, 5000, 40), shift=-2535, bf="2", g="12")
     _, levels = shown(path)
