@@ -5,11 +5,13 @@ the first rules had 52 and 39 right. They were mended, then tried once on fresh 
 accounts were right; and once more after "it" had come to mean what was named before: 13 of 15 and 15 of 15 others. All
 are below. Those that rules still get wrong are in MISSED_CONCLUSIONS and MISSED_ACCOUNTS.
 """
+import importlib.util
 import itertools
 import json
 import math
 import random
 import shutil
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -248,6 +250,11 @@ CONCLUSIONS = [
     D: Step 1: A hand is washed. Step 2: A towel is taken.
     A: The person turns on the tap so that he can wash his hands. So A.
     -: The possible next actions are A, B, C or D.
+    C: The next action is to wash the hands. A is unlikely to be next.
+    C: The next action is to wash the hands. Option A (turn on tap) was already the last one, and should not be next.
+    D: Next is to take the towel. It should not be A.
+    D: Next is to take the towel. It should not be A, B or C.
+    D: To take the towel is best since she has to wash her hands.
     """),
     (("take cup",) * 2 + ("take spoon", "fly", "swim", "jump", "run", "sing", "dance"), r"""
     C: The next one, I think, is C.
@@ -409,6 +416,10 @@ ACCOUNTS = [
     0: I see cut pot, wash cup. He opened the drawer and took the pot.
     2 +1: I see wash pot, cut cup, fill pot. Next is turn key (D).
     """),
+    (("open drawer",),
+     ("put cup", "put pot on stove"), r"""
+    1 +2: He opened the drawer and put down the cup and put the pot on the stove.
+    """),
 ]
 
 # What rules cannot tell: options (and steps), what a reader says, what the rules say, text.
@@ -424,6 +435,9 @@ MISSED_CONCLUSIONS = [
     (("a boy throws the ball", "a girl catches the ball", "the dog runs away"), "C", None,
      "At the moment when the music stops, the ball lies on the grass. The girl is gone and the boy has turned around. "
      "We see that the dog is running away. This matches the third option."),
+    # A reason behind the conclusion, with a comma: often it is the conclusion that stands behind one.
+    (("turn on tap", "turn off tap", "wash hands", "take towel"), "B", "C",
+     "'turn off tap' is best since she only needs to wash her hands, and these are clean."),
 ]
 MISSED_ACCOUNTS = [
     # One clause without a mark, part of which is still to come.
@@ -477,7 +491,7 @@ def test_what_rules_cannot_tell_of_the_steps(steps, options, reader, rules, text
 def test_rewards_are_nan_where_there_is_nothing_to_judge_by():
     # A free-form question has no options; a question without a video, or of another data set, tells no steps.
     assert math.isnan(agreement_reward("<think>So it is three.</think><answer>three</answer>", example()))
-    assert concluded_option("So it is A ((, or ()), or [A].", ()) is None
+    assert concluded_option("So it is A, or ()", ()) is None
     assert math.isnan(process_reward("<think>He opened the drawer.</think>", example(OPTIONS)))
     assert process_reward("", example(OPTIONS, ["wash pot"])) == 0
 
@@ -529,14 +543,17 @@ def test_steps_told_is_the_longest_chain_of_all():
     assert len(seen) > 15, "the cases are all alike"
 
 
-def test_reading_leaves_nothing_behind():
-    cases = [(options, think(text)) for options, _, text in read_table(CONCLUSIONS)]
-    first = [concluded_option(text, options) for options, text in cases]
-    accounts = [(example(options, steps), think(text)) for steps, options, _, text in read_table(ACCOUNTS)]
-    rewards = [process_reward(text, about) for about, text in accounts]
-    data.stem.cache_clear()
-    assert [concluded_option(text, options) for options, text in reversed(cases)] == first[::-1]
-    assert [process_reward(text, about) for about, text in reversed(accounts)] == rewards[::-1]
+def test_reading_leaves_nothing_behind(monkeypatch):
+    # In a fresh copy of the module, in the opposite order, everything is read as before.
+    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_again", again)
+    spec.loader.exec_module(again)
+    conclusions = [(think(text), options) for options, _, text in read_table(CONCLUSIONS)]
+    accounts = [(think(text), example(options, steps)) for steps, options, _, text in read_table(ACCOUNTS)]
+    for name, cases in (("concluded_option", conclusions), ("process_reward", accounts)):
+        there, back = getattr(data, name), getattr(again, name)
+        assert [there(*case) for case in cases] == [back(*case) for case in cases[::-1]][::-1]
 
 
 def seconds(function, *arguments):
