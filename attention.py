@@ -247,7 +247,7 @@ def diagonal(weights: np.ndarray, rows: list, columns: list) -> np.ndarray:
 def measure(sampler, tokenizer, example: Example, ids: Tensor, shown: list[str], other: Example | None) -> dict:
     """All measures of one question and its completion `ids` (C,): arrays (L,), (L, H) and (L, F).
 
-    shown: the step of each time step, [] if unknown. other: has a video of as many tokens, which tells of other steps.
+    shown: the step of each time step, [] if unknown. other: has a video of as many tokens, of other steps.
     `diagonal` is there where two steps are both named and shown; `hiding` has a pair of numbers for each such step.
     """
     steps, tokens = tuple(dict.fromkeys(example.question.progress)), token_texts(tokenizer, ids.tolist())
@@ -402,11 +402,12 @@ def look(args: Args, questions: list[Question], shown: dict[str, list[str]], dev
     for examples in make_loader(dataset, batches, args.num_workers):
         readable = [example for example in examples if not example.error]
         for n, (example, ids) in enumerate(zip(readable, answer(sampler, tokenizer, readable, shown, args))):
-            # The next one in the batch with a video that is as long and tells of other steps.
-            other = next((e for e in readable[n + 1:] + readable[:n] if e.question.progress != example.question.progress
+            # The next one in the batch with a video that is as long and shows none of its steps.
+            steps = set(example.question.progress)
+            other = next((e for e in readable[n + 1:] + readable[:n] if steps.isdisjoint(e.question.progress)
                           and str(e.video_grid_thw) == str(example.video_grid_thw)), None)
-            steps = shown.get(example.question.id, [])
-            pairs.append((measure(sampler, tokenizer, example, ids, steps, other), ids))
+            one = measure(sampler, tokenizer, example, ids, shown.get(example.question.id, []), other)
+            pairs.append((one, ids))
             progress.update()
         progress.update(len(examples) - len(readable))
     progress.close()

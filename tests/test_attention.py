@@ -341,7 +341,7 @@ def looked(flags, device, tmp_path_factory):
 
 
 def test_who_lists_the_steps_looks_at_them(looked):
-    # Broken: time steps shifted by one: 0.41, and nothing lost.
+    # Broken: time steps shifted by one; others hidden; its own video shown for another one.
     (seeing, _), _ = looked
     assert seeing["questions"] == 16 and seeing["time_steps"] == 8
     assert seeing["diagonal"]["picked"]["mean"] > 0.8 and seeing["diagonal"]["chance"] < 0.45
