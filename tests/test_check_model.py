@@ -17,6 +17,8 @@ import tiny
 from data import CLIP_MEAN, FAMILIES
 from runtime import load_tokenizer
 
+pytestmark = pytest.mark.slow  # what `make test` has no time for
+
 CHECKS = ["patches", "prompts", "positions", "log-probs, shared prompts", "log-probs, --naive", "log-probs, sampler",
           "greedy"]
 

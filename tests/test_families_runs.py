@@ -37,6 +37,8 @@ from test_families import hf_inputs, own_positions
 from test_model import load_args
 from test_train import eval_args, grpo_args, metrics_of, relative_difference, sft_args, torchrun, update
 
+pytestmark = pytest.mark.slow  # what `make test` has no time for
+
 COMMON = dict(dtype="float64", prompts_per_step=2, max_steps=2, learning_rate=1e-3, num_workers=0)
 GRPO = dict(COMMON, kl_coef=0.1, num_updates=2, clip_low=1e-4, clip_high=1e-4, group_size=4, max_completion_length=12)
 RUNS = {  # name: (the script, its arguments, what is changed of them)

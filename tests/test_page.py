@@ -91,10 +91,15 @@ def test_a_question_that_one_model_was_not_asked(folders, tmp_path, world):
 
 
 def test_a_video_that_cannot_be_read_is_left_out(folders, tmp_path, world, capsys):
-    root = shutil.copytree(world, tmp_path / "world")
+    root = tmp_path / "world"
+    shutil.copytree(world / "annotations", root / "annotations")
+    for question in [question for file in FILES for question in load_questions(file, world)[:5]]:
+        for path in filter(None, (question.video, question.image)):
+            (root / path.relative_to(world)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, root / path.relative_to(world))
     victim = next(q for q in load_questions(FILES[0], root) if q.video)
     victim.video.write_bytes(b"no video")
-    folder = write_evaluation(tmp_path / "evaluation", root, honest, 20, frame_cache="")
+    folder = write_evaluation(tmp_path / "evaluation", root, honest, 5, frame_cache="")
     content = page.gather([folder], {})
     without = [q["id"] for q in content["questions"] if q["progress"] and q["video"] is None]
     assert victim.id in without and f"left out: {victim.video}" in capsys.readouterr().out
