@@ -653,6 +653,13 @@ def steps_told(text: str, steps: tuple[str, ...]) -> int:
     return len(ends)
 
 
+def format_reward(completion: str, example: Example) -> float:
+    """1 if the completion is one <think> block, then one <answer> block, and nothing else."""
+    one_of_each = all(completion.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    well_formed = re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", completion, re.DOTALL)
+    return float(one_of_each and bool(well_formed))
+
+
 def agreement_reward(completion: str, example: Example) -> float:
     """1 if the option that the reasoning concludes with is the one answered, else 0; NaN without options."""
     if not example.options:

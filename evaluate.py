@@ -32,20 +32,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+import data
 import runtime
-from data import (
-    Example,
-    VideoDataset,
-    agreement_reward,
-    concluded_option,
-    file_names,
-    first_letter,
-    grade,
-    load_questions,
-    make_loader,
-    parse_answer,
-    process_reward,
-)
+from data import Example, VideoDataset, file_names, first_letter, grade, load_questions, make_loader, parse_answer
 from model import collate_prompts, end_token_ids, vision_token_ids
 from run import open_folder, write_whole
 from runtime import RunArgs, arg
@@ -145,12 +134,13 @@ def make_record(example: Example, response: str, length: int, truncated: bool, a
     """A line of samples.jsonl, but for the file's name."""
     question, (video, image) = example.question, file_names(example.question)
     parsed, correct = grade(response, example, PARSERS[args.grader])
-    agreement, process = (None if math.isnan(value := judge(response, example)) else value
-                          for judge in (agreement_reward, process_reward))  # as the trainer does
+    judges = {"format": data.format_reward, "agreement": data.agreement_reward, "process": data.process_reward}
+    rewards = {name: judge(response, example) for name, judge in judges.items()}
     return {"sample_id": question.id, "part": question.part, "video": video, "image": image,
             "question": question.text, "options": list(example.options), "goal": question.goal,
             "progress": list(question.progress), "gold": example.gold, "parsed": parsed, "correct": correct,
-            "concluded": concluded_option(response, example.options), "agreement": agreement, "process": process,
+            "concluded": data.concluded_option(response, example.options),
+            **{name: None if math.isnan(value) else value for name, value in rewards.items()},
             "length": length, "truncated": truncated, "error": example.error, "response": response}
 
 
@@ -233,7 +223,7 @@ def summarise(records: list[dict], video: str = "full") -> list[dict]:
             "wilson_low": low, "wilson_high": high, "chance": chance(of_part),
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
             "concluded": sum(r.get("concluded") is not None for r in of_part) / n,
-            "agreement": mean(of_part, "agreement"), "process": mean(of_part, "process"),
+            **{name: mean(of_part, name) for name in ("format", "agreement", "process")},
             "truncated_frac": sum(r["truncated"] for r in of_part) / n,
             "unreadable": sum(bool(r["error"]) for r in of_part),
             "published": published.get(part.lower()) if video == "full" else None})
@@ -355,14 +345,15 @@ def print_table(table: list[dict]) -> None:
     """Accuracy by file and part, on screen."""
     paper = "  paper, 7B: vanilla / SFT / GRPO" if any(line["published"] for line in table) else ""
     print(f"\n{'':28} {'n':>5} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'parsed':>7} "
-          f"{'concludes':>9} {'agrees':>7} {'process':>7} {'cut off':>8} {'bad':>4}{paper}")
+          f"{'format':>7} {'concludes':>9} {'agrees':>7} {'process':>7} {'cut off':>8} {'bad':>4}{paper}")
     for line in table:
         name = f"  {line['part']}" if line["part"] else Path(line["file"]).stem
-        agreement, process = ("-" if line[key] is None else f"{line[key]:.1%}" for key in ("agreement", "process"))
+        form, agreement, process = ("-" if line[name] is None else f"{line[name]:.1%}"
+                                    for name in ("format", "agreement", "process"))
         interval = f"{line['wilson_low']:6.1%} to {line['wilson_high']:6.1%}"
         paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in line["published"]) if line["published"] else ""
         print(f"{name:28} {line['n']:5} {line['accuracy']:9.1%} {interval} {line['chance']:7.0%}"
-              f"{line['parse_rate']:8.1%} {line['concluded']:9.1%} {agreement:>7} {process:>7} "
+              f"{line['parse_rate']:8.1%} {form:>7} {line['concluded']:9.1%} {agreement:>7} {process:>7} "
               f"{line['truncated_frac']:8.1%} {line['unreadable']:4}{paper}")
 
 

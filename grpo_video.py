@@ -42,7 +42,6 @@ References: GRPO: arXiv 2402.03300, eq. 3 (objective), eq. 4 (KL). SEED-Bench-R1
 clip higher): arXiv 2503.14476. Dr. GRPO (constant, no std): arXiv 2503.20783. k3: Schulman, Approximating KL.
 """
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +49,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import data
 import runtime
-from data import Example, agreement_reward, concluded_option, grade, make_loader, process_reward, step_batch
+from data import Example, grade, make_loader, step_batch
 from model import collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids
 from run import Run
 from runtime import TrainArgs, arg
@@ -150,22 +150,15 @@ def accuracy_reward(completion: str, example: Example) -> float:
     return float(grade(completion, example)[1])
 
 
-def format_reward(completion: str, example: Example) -> float:
-    """1 if the completion is one <think> block, then one <answer> block, and nothing else."""
-    one_of_each = all(completion.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    well_formed = re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", completion, re.DOTALL)
-    return float(one_of_each and bool(well_formed))
-
-
 def reward_table(args: Args) -> dict:
     """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too. NaN
     is for no reward, where an example gives nothing to judge by."""
     # ABLATE: rewards. A length penalty is one more line. One that needs log-probs (GRPO-CARE's
     # consistency bonus) is added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
     return {"accuracy": (1.0, accuracy_reward),
-            "format": (args.format_weight, format_reward),
-            "agreement": (args.agreement_weight, agreement_reward),  # data.py, with all that reads a completion
-            "process": (args.process_weight, process_reward)}
+            "format": (args.format_weight, data.format_reward),
+            "agreement": (args.agreement_weight, data.agreement_reward),
+            "process": (args.process_weight, data.process_reward)}
 
 
 def flip(accuracy: Tensor, probability: float, keys: list[str]) -> Tensor:
@@ -386,7 +379,7 @@ def print_completion(answers: list[tuple[str, Example]], rewards: Tensor, advant
 def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, terms: dict) -> dict:
     """What is only logged of this rank's completions: rewards (B, G), terms name -> (N,)."""
     return {"parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
-            "concluded": sum(concluded_option(text, example.options) is not None for text, example in answers),
+            "concluded": sum(data.concluded_option(text, example.options) is not None for text, example in answers),
             "reward": rewards.sum(), "group_std": group_std(rewards).sum(),
             **{f"reward {name}": term.nansum() for name, term in terms.items()},
             **{f"judged {name}": (~term.isnan()).sum() for name, term in terms.items()}}

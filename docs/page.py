@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import PixelSettings, Question, cached_video, load_questions, read_image  # noqa: E402
-from grpo_video import format_reward  # noqa: E402
 from toy import RECIPES, check_claims  # noqa: E402
 
 SIDE = 84  # pixels of a thumbnail, at most
@@ -74,8 +73,8 @@ def make_answer(record: dict, attention: dict | None) -> dict:
         attention = None
     if record["goal"].lower() in RECIPES:  # of the toy world, where what holds is known
         claims = check_claims(response, record["goal"], tuple(record["progress"]), tuple(record["options"]))
-    rewards = {"accuracy": float(record["correct"]), "format": format_reward(response, None),
-               "agreement": record["agreement"], "process": record["process"]}
+    judged = {name: record[name] for name in ("format", "agreement", "process")}
+    rewards = {"accuracy": float(record["correct"]), **judged}
     return {"response": response, "rewards": rewards, "claims": claims, "attention": attention,
             **{name: record[name] for name in ("parsed", "correct", "truncated", "error")}}
 

@@ -5,15 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo_video import (
-    Args,
-    format_reward,
-    group_advantages,
-    grpo_token_loss,
-    progress_line,
-    step_metrics,
-    token_weights,
-)
+from data import format_reward
+from grpo_video import Args, group_advantages, grpo_token_loss, progress_line, step_metrics, token_weights
 from model import mask_from_lengths
 from run import health
 
