@@ -210,12 +210,14 @@ def token_kinds(tokens: list[str], steps: tuple[str, ...]) -> tuple[dict[str, li
     kinds = {kind: [i for i, (b, e) in enumerate(spans) if b < e and begin <= (b + e - 1) / 2 < end]
              for kind, (begin, end) in regions.items()}
     named, place = [], begin
-    for clause in reasoning_clauses(text[begin:end]):
-        place = text.index(clause, place)
+    blanked = text.replace("<think>", " " * len("<think>"))  # as `reasoning_clauses` reads it, all in its place
+    for clause in reasoning_clauses(blanked[begin:end]):
+        place = blanked.index(clause, place)
         for b, e, letter in [] if NOT_DONE.search(clause) else named_by_text(clause, steps):
             word_end = place + b + len(clause[b:e].split()[0])
             named += [(i, ord(letter) - ord("A"), int(spans[i][1] > word_end)) for i in kinds["reasoning"]
                       if spans[i][0] < place + e and spans[i][1] > place + b]
+        place += len(clause)
     return kinds | {"step": sorted({i for i, *_ in named})}, sorted(named)
 
 
@@ -411,6 +413,8 @@ def look(args: Args, questions: list[Question], shown: dict[str, list[str]], dev
             progress.update()
         progress.update(len(examples) - len(readable))
     progress.close()
+    if pairs and all(len(ids) < 2 for _, ids in pairs):
+        raise ValueError(f"{args.model}: all {len(pairs)} answers are empty: there is no token to look at")
     if not any(one["kinds"] for one, _ in pairs):
         raise ValueError(f"{args.eval_file}: of {len(questions)} questions none could be read and has vision tokens; "
                          "`python data.py` says what cannot be read")

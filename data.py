@@ -598,7 +598,8 @@ def places(text: str, words: list[tuple[str, int, int]], loosely: bool = False) 
 def named_by_text(clause: str, options: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """(begin, end, letter) wherever a clause names an option by its text, and not by that of a longer option."""
     words, taken, found = content_words(clause), set(), []
-    for letter, option in sorted(zip(string.ascii_uppercase, options), key=lambda pair: -len(pair[1])):
+    letters = map(chr, itertools.count(ord("A")))  # there may be more steps than letters
+    for letter, option in sorted(zip(letters, options), key=lambda pair: -len(pair[1])):
         for first, last in places(option, words):
             if taken.isdisjoint(range(first, last + 1)):
                 taken.update(range(first, last + 1))
@@ -675,8 +676,8 @@ def process_reward(completion: str, example: Example) -> float:
     scores less than an honest one. Clauses that tell of options or of what is to come name nothing as done. NaN if the
     record tells no steps.
     """
-    steps, options = example.question.progress, example.options
-    if not steps:
+    options, steps = example.options, tuple(step for step in example.question.progress if content_words(step))
+    if not steps:  # or none that has a word
         return math.nan
     told = ", ".join(clause for clause in reasoning_clauses(completion) if not NOT_DONE.search(clause))
     done = ", ".join(steps)  # "wash pot" is no invention where "washes the pot with water" was done

@@ -111,7 +111,8 @@ def answered_before(output_dir: Path) -> list[dict]:
     files = [path for path in (output_dir / "samples.jsonl", *output_dir.glob("samples_rank*.jsonl")) if path.exists()]
     lines = [line for path in files for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     # Without a last line that a kill has torn, and once each: it may have come before the files below were removed.
-    records = {(r["file"], r["sample_id"]): r for r in map(json.loads, lines)}.values()
+    # Nor those of an earlier version, which have not been judged by all rewards.
+    records = {(r["file"], r["sample_id"]): r for r in map(json.loads, lines) if "format" in r}.values()
     write_whole(output_dir / "samples_rank0.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for path in {*files} - {output_dir / "samples_rank0.jsonl"}:
         path.unlink()
@@ -222,7 +223,8 @@ def summarise(records: list[dict], video: str = "full") -> list[dict]:
             "file": file, "part": part, "n": n, "correct": correct, "accuracy": correct / n,
             "wilson_low": low, "wilson_high": high, "chance": chance(of_part),
             "parse_rate": sum(r["parsed"] is not None for r in of_part) / n,
-            "concluded": sum(r.get("concluded") is not None for r in of_part) / n,
+            "concluded": mean([{"": float(r["concluded"] is not None)} for r in of_part
+                               if r["options"] and "concluded" in r], ""),
             **{name: mean(of_part, name) for name in ("format", "agreement", "process")},
             "truncated_frac": sum(r["truncated"] for r in of_part) / n,
             "unreadable": sum(bool(r["error"]) for r in of_part),
@@ -348,12 +350,12 @@ def print_table(table: list[dict]) -> None:
           f"{'format':>7} {'concludes':>9} {'agrees':>7} {'process':>7} {'cut off':>8} {'bad':>4}{paper}")
     for line in table:
         name = f"  {line['part']}" if line["part"] else Path(line["file"]).stem
-        form, agreement, process = ("-" if line[name] is None else f"{line[name]:.1%}"
-                                    for name in ("format", "agreement", "process"))
+        form, concluded, agreement, process = ("-" if line[name] is None else f"{line[name]:.1%}"
+                                               for name in ("format", "concluded", "agreement", "process"))
         interval = f"{line['wilson_low']:6.1%} to {line['wilson_high']:6.1%}"
         paper = "  " + " / ".join(f"{accuracy:.2f}" for accuracy in line["published"]) if line["published"] else ""
         print(f"{name:28} {line['n']:5} {line['accuracy']:9.1%} {interval} {line['chance']:7.0%}"
-              f"{line['parse_rate']:8.1%} {form:>7} {line['concluded']:9.1%} {agreement:>7} {process:>7} "
+              f"{line['parse_rate']:8.1%} {form:>7} {concluded:>9} {agreement:>7} {process:>7} "
               f"{line['truncated_frac']:8.1%} {line['unreadable']:4}{paper}")
 
 

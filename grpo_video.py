@@ -395,7 +395,7 @@ def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: 
     metrics = {
         "reward": totals["reward"] / completions, "group_std": totals["group_std"] / groups,
         **{name: totals[f"reward {name}"] / judged for name in rewards if (judged := totals[f"judged {name}"])},
-        "concluded": totals["concluded"] / completions,
+        "concluded": totals["concluded"] / max(totals.get("judged agreement", completions), 1),
         "parse_rate": totals["parsed"] / completions, "flat_group_frac": totals["flat_groups"] / groups,
         "completion_length": totals["tokens"] / completions, "truncated_frac": totals["truncated"] / completions,
         "loss": sums["loss"] / args.num_updates, "grad_norm": grad_norm, "lr": lr}

@@ -37,7 +37,7 @@ def unpack(packed: dict) -> np.ndarray:
 
 def short_name(model: str) -> str:
     """out/toy_grpo/final -> toy_grpo"""
-    return [part for part in Path(model).parts if part != "final"][-1]
+    return next((part for part in reversed(Path(model).resolve().parts) if part != "final"), model)
 
 
 def numbers(values: list[float | None], width: int = 10, digits: int = 0) -> str:
@@ -96,8 +96,10 @@ def verdict(table: dict) -> str:
     text = (f"of the attention of its {kind} tokens {100 * np.mean(found['vision']):.0f}% is on vision tokens "
             f"(uniform: {100 * found['uniform_vision']:.0f})")
     if end:
-        looks = end["picked_above_chance"]["low"] > 0
-        text += f"; its words {'look' if looks else 'do not look'} at the time steps of the step that they name ("
+        says, other = "look at" if end["picked_above_chance"]["low"] > 0 else "do not look at", end["other_video"]
+        if says == "look at" and other and other["high"] >= end["picked"]["low"]:
+            says = "look, whatever is shown there, at"
+        text += f"; its words {says} the time steps of the step that they name ("
         text += f"{100 * end['picked']['mean']:.0f}%, chance {100 * end['chance']:.0f}"
         text += f", on another video {100 * end['other_video']['mean']:.0f})" if end["other_video"] else ")"
     if hiding.get("own"):

@@ -32,7 +32,7 @@ def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
     if not ((folder / "args.json").exists() and (folder / "samples.jsonl").exists()):
         raise ValueError(f"{folder}: no args.json and samples.jsonl there; give a folder that evaluate.py wrote")
     records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    if records and "agreement" not in records[0]:
+    if any(name not in record for record in records for name in ("format", "agreement", "process")):
         raise ValueError(f"{folder}: made by an earlier version of evaluate.py; evaluate again")
     return json.loads((folder / "args.json").read_text()), records
 
@@ -67,9 +67,9 @@ def read_pictures(questions: list[Question], settings: dict) -> dict[Path, dict]
 def make_answer(record: dict, attention: dict | None) -> dict:
     """What the page shows of one model's answer to a question; `attention` if it is that of this very answer."""
     response, claims = record["response"], []
-    ascii_only = re.compile(r"[^ -~]")  # of a character in several tokens, tokens have no part
-    said = ascii_only.sub("", response)
-    if attention and not ascii_only.sub("", "".join(attention["tokens"])).startswith(said):
+    no_ascii = re.compile(r"[^ -~]")  # of a character in several tokens, tokens have no part
+    said = re.sub(r"<\|\w+\|>$", "", "".join(attention["tokens"])) if attention else ""  # but for the end token
+    if no_ascii.sub("", said) != no_ascii.sub("", response):
         attention = None
     if record["goal"].lower() in RECIPES:  # of the toy world, where what holds is known
         claims = check_claims(response, record["goal"], tuple(record["progress"]), tuple(record["options"]))
@@ -86,10 +86,16 @@ def gather(folders: list[Path], attention: dict, num_questions: int = 0) -> dict
     records = {key: r for of_model in reversed(answers) for key, r in of_model.items()}
     files = list(dict.fromkeys(file for file, _ in records))
     keys = sorted(records, key=lambda key: (files.index(key[0]), len(key[1]), key[1]))[:num_questions or None]
-    settings = evaluations[0][0]
-    asked = {(file, question.id): question for file in files
-             for question in load_questions(file, settings["data_root"])}
-    pictures = read_pictures([asked[key] for key in keys], settings)
+    for (file, sample_id), record in records.items():
+        sides = [of_model[file, sample_id] for of_model in answers if (file, sample_id) in of_model]
+        if any(side[name] != record[name] for side in sides for name in ("gold", "options")):
+            raise ValueError(f"question {sample_id!r} of {file} has not the same options in all of these evaluations; "
+                             "evaluate with one --seed")
+    asked = {}
+    for (settings, _), of_model in zip(evaluations, answers):
+        for file in {file for file, _ in of_model}:
+            asked = {(file, question.id): question for question in load_questions(file, settings["data_root"])} | asked
+    pictures = read_pictures([asked[key] for key in keys], evaluations[0][0])
     place = {path: n for n, path in enumerate(pictures)}
     questions = []
     for file, sample_id in keys:
@@ -101,7 +107,9 @@ def gather(folders: list[Path], attention: dict, num_questions: int = 0) -> dict
                           "text": record["question"], "options": record["options"], "gold": record["gold"],
                           "progress": record["progress"], "answers": given,
                           "video": place.get(question.video), "image": place.get(question.image)})
-    return {"models": names_of(folders), "pictures": list(pictures.values()), "questions": questions}
+    names = [name if settings["video"] == "full" else f"{name} (saw --video {settings['video']})"
+             for name, (settings, _) in zip(names_of(folders), evaluations)]
+    return {"models": names, "pictures": list(pictures.values()), "questions": questions}
 
 
 def names_of(folders: list[Path]) -> list[str]:

@@ -407,7 +407,8 @@ def test_the_file_has_what_its_docstring_says(looked, capsys):
     printed = capsys.readouterr().out
     assert "is on vision tokens (uniform: " in printed and "(95% bootstrap" in printed
     seeing, blind = printed.splitlines()[-2:]
-    assert "toy_base: " in seeing and "its words look at the time steps of the step that they name (8" in seeing
+    assert "toy_base: " in seeing
+    assert "its words look, whatever is shown there, at the time steps of the step that they name (8" in seeing
     assert "; they need these time steps: " in seeing and "; they do not need these time steps: " in blind
 
 

@@ -232,6 +232,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, world, script, make_args, chan
     assert [line["step"] for line in again] == [0, 1, 2, 3] and again[3]["loss"] == lines[3]["loss"]
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_update_of_one(tmp_path, world):
     settings = {**LORA, "dtype": "float64", "kl_coef": 0.1, "num_updates": 2, "prompts_per_step": 4, "max_steps": 2,
                 "learning_rate": 2e-3}
@@ -258,6 +259,7 @@ def test_checkpoints_hold_what_learns(run, tmp_path, world, device):
     assert names and not any("visual" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_merged_model(run, tmp_path):
     folder = tmp_path / "step_3"
     subprocess.run([sys.executable, "run.py", str(run / "checkpoints/step_000003"), str(folder)], cwd=ROOT, check=True,

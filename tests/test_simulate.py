@@ -110,6 +110,7 @@ def measured(tmp_path_factory) -> dict:
     return dict(zip(SHAPES, zip(*(json.loads(out.splitlines()[-1]) for out, _ in outputs))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_simulated_peaks_are_those_of_a_real_step(shape, measured):
     simulated, real = measured[shape]
