@@ -661,24 +661,24 @@ def format_reward(completion: str, example: Example) -> float:
     return float(one_of_each and bool(well_formed))
 
 
-def agreement_reward(completion: str, example: Example) -> float:
-    """1 if the option that the reasoning concludes with is the one answered, else 0; NaN without options."""
+def agreement_reward(completion: str, example: Example) -> float | None:
+    """1 if the option that the reasoning concludes with is the one answered, else 0; None without options."""
     if not example.options:
-        return math.nan
+        return None
     concluded = concluded_option(completion, example.options)
     return float(concluded is not None and concluded == parse_answer(completion, example.options))
 
 
-def process_reward(completion: str, example: Example) -> float:
+def process_reward(completion: str, example: Example) -> float | None:
     """The share of the steps done (`task_progress_metadata`) that the reasoning names as done, in their order, 0 to 1.
 
     Each option that it names as done, and that was not, counts like a step left out: a list of all that may ever happen
-    scores less than an honest one. Clauses that tell of options or of what is to come name nothing as done. NaN if the
+    scores less than an honest one. Clauses that tell of options or of what is to come name nothing as done. None if the
     record tells no steps.
     """
     options, steps = example.options, tuple(step for step in example.question.progress if content_words(step))
     if not steps:  # or none that has a word
-        return math.nan
+        return None
     told = ", ".join(clause for clause in reasoning_clauses(completion) if not NOT_DONE.search(clause))
     done = ", ".join(steps)  # "wash pot" is no invention where "washes the pot with water" was done
     invented = tuple(option for option in options if not any(places(option, content_words(done))))

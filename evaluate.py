@@ -136,12 +136,11 @@ def make_record(example: Example, response: str, length: int, truncated: bool, a
     question, (video, image) = example.question, file_names(example.question)
     parsed, correct = grade(response, example, PARSERS[args.grader])
     judges = {"format": data.format_reward, "agreement": data.agreement_reward, "process": data.process_reward}
-    rewards = {name: judge(response, example) for name, judge in judges.items()}
     return {"sample_id": question.id, "part": question.part, "video": video, "image": image,
             "question": question.text, "options": list(example.options), "goal": question.goal,
             "progress": list(question.progress), "gold": example.gold, "parsed": parsed, "correct": correct,
             "concluded": data.concluded_option(response, example.options),
-            **{name: None if math.isnan(value) else value for name, value in rewards.items()},
+            **{name: judge(response, example) for name, judge in judges.items()},
             "length": length, "truncated": truncated, "error": example.error, "response": response}
 
 

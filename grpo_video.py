@@ -151,7 +151,7 @@ def accuracy_reward(completion: str, example: Example) -> float:
 
 
 def reward_table(args: Args) -> dict:
-    """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too. NaN
+    """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too. None
     is for no reward, where an example gives nothing to judge by."""
     # ABLATE: rewards. A length penalty is one more line. One that needs log-probs (GRPO-CARE's
     # consistency bonus) is added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
@@ -295,13 +295,13 @@ def main(args: Args) -> Path:
         run.phase("score")
         rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
         answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
-        terms = {name: torch.tensor([reward(*answer) for answer in answers], device=device)  # (N,) each
-                 for name, (_, reward) in table.items()}
-        counted = {name: term.nan_to_num() for name, term in terms.items()}
+        values = {name: [reward(*answer) for answer in answers] for name, (_, reward) in table.items()}
+        terms = {name: torch.tensor([value or 0.0 for value in column], dtype=torch.float32, device=device)  # (N,) each
+                 for name, column in values.items()}
         if args.reward_noise > 0:
             keys = [f"{args.seed}/{step}/{e.question.id}/{n % args.group_size}" for n, (_, e) in enumerate(answers)]
-            counted["accuracy"] = flip(counted["accuracy"], args.reward_noise, keys)
-        rewards = sum(weight * counted[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
+            terms["accuracy"] = flip(terms["accuracy"], args.reward_noise, keys)
+        rewards = sum(weight * terms[name] for name, (weight, _) in table.items()).view(-1, args.group_size)  # (B, G)
 
         # 3 advantage
         advantages = group_advantages(rewards, args.advantage_std).flatten()  # (N,)
@@ -316,7 +316,7 @@ def main(args: Args) -> Path:
         totals = run.sum_over_ranks({
             "prompts": len(readable), "completions": len(answers), "tokens": rollout.lengths.sum(),
             "learned_tokens": rollout.lengths[learned].sum(), "flat_groups": flat.sum(),
-            **rollout_sums(rollout, answers, rewards, terms)})
+            **rollout_sums(rollout, answers, rewards, values)})
         if totals["prompts"] == 0:
             continue  # nothing could be read on any rank
         token_weight = token_weights(rollout.completion_mask, args.loss_agg, totals["completions"], totals["tokens"],
@@ -376,13 +376,13 @@ def print_completion(answers: list[tuple[str, Example]], rewards: Tensor, advant
         stream.write(lines + "\n")
 
 
-def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, terms: dict) -> dict:
-    """What is only logged of this rank's completions: rewards (B, G), terms name -> (N,)."""
+def rollout_sums(rollout: Rollout, answers: list[tuple[str, Example]], rewards: Tensor, values: dict) -> dict:
+    """What is only logged of this rank's completions: rewards (B, G); values, name -> N numbers or None."""
     return {"parsed": sum(grade(*answer)[0] is not None for answer in answers), "truncated": (~rollout.ended).sum(),
             "concluded": sum(data.concluded_option(text, example.options) is not None for text, example in answers),
             "reward": rewards.sum(), "group_std": group_std(rewards).sum(),
-            **{f"reward {name}": term.nansum() for name, term in terms.items()},
-            **{f"judged {name}": (~term.isnan()).sum() for name, term in terms.items()}}
+            **{f"reward {name}": sum(value or 0.0 for value in column) for name, column in values.items()},
+            **{f"judged {name}": sum(value is not None for value in column) for name, column in values.items()}}
 
 
 def step_metrics(totals: dict, sums: dict, rewards: dict, grad_norm: float, lr: float, args: Args) -> dict:

@@ -384,8 +384,11 @@ def load_tokenizer(model: str):
                              "take both from one model")
     if tokenizer.chat_template:
         wanted = encode_prompt(tokenizer, FAMILIES[config.model_type], "Hello")
-        found = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True,
-                                              return_dict=False)
+        try:
+            found = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True,
+                                                  return_dict=False)
+        except Exception as error:  # it is a program, and may raise whatever it likes
+            raise ValueError(f"--model {model}: its chat template does not run: {error}") from error
         if found != wanted.tolist():
             raise ValueError(f"--model {model}: its chat template writes {tokenizer.decode(found)!r}, and this code "
                              f"{tokenizer.decode(wanted)!r}; take an -Instruct model")

@@ -488,11 +488,13 @@ def test_what_rules_cannot_tell_of_the_steps(steps, options, reader, rules, text
     assert process_reward(think(text), example(options, steps)) == rules != reader
 
 
-def test_rewards_are_nan_where_there_is_nothing_to_judge_by():
+def test_rewards_are_none_where_there_is_nothing_to_judge_by():
     # A free-form question has no options; a question without a video, or of another data set, tells no steps.
-    assert math.isnan(agreement_reward("<think>So it is three.</think><answer>three</answer>", example()))
+    assert agreement_reward("<think>So it is three.</think><answer>three</answer>", example()) is None
     assert concluded_option("So it is A, or ()", ()) is None
-    assert math.isnan(process_reward("<think>He opened the drawer.</think>", example(OPTIONS)))
+    assert process_reward("<think>He opened the drawer.</think>", example(OPTIONS)) is None
+    unread = ["\u5207\u6d0b\u8471"]  # has no word that the rules read
+    assert process_reward("<think>He cut it.</think>", example(OPTIONS, unread)) is None
     assert process_reward("", example(OPTIONS, ["wash pot"])) == 0
 
 
@@ -685,22 +687,25 @@ def train(output_dir, root, file, **changes):
 
 @pytest.fixture(scope="module")
 def with_process(tmp_path_factory, few):
-    """A step with --process_weight 1: (metrics, answers, rewards, terms)."""
+    """A step with --process_weight 1: (metrics, answers, rewards, values)."""
     seen, sums = [], grpo_video.rollout_sums
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grpo_video.rollout_sums", lambda *args: seen.append(args) or sums(*args))
         metrics, = train(tmp_path_factory.mktemp("process"), few, "both", process_weight=1.0)
-    (_, answers, rewards, terms), = seen
-    return metrics, answers, rewards, terms
+    (_, answers, rewards, values), = seen
+    return metrics, answers, rewards, values
 
 
 def test_a_question_without_steps_has_no_process_reward_and_spoils_nothing(with_process):
-    m, answers, rewards, terms = with_process
-    has_steps = torch.tensor([bool(example.question.progress) for _, example in answers])
-    assert has_steps.sum() == (~has_steps).sum() == len(answers) / 2
-    assert torch.equal(terms["process"].isnan(), ~has_steps) and terms["process"][has_steps].std() > 0
-    assert torch.equal(rewards.flatten(), terms["accuracy"] + terms["process"].nan_to_num())
-    assert m["process"] == pytest.approx(terms["process"][has_steps].mean().item())  # not over those without
+    m, answers, rewards, values = with_process
+    has_steps = [bool(example.question.progress) for _, example in answers]
+    assert sum(has_steps) == len(answers) / 2
+    assert [value is not None for value in values["process"]] == has_steps
+    judged = [value for value in values["process"] if value is not None]
+    assert len(set(judged)) > 1
+    both = [accuracy + (process or 0) for accuracy, process in zip(values["accuracy"], values["process"])]
+    assert torch.equal(rewards.flatten(), torch.tensor(both))
+    assert m["process"] == pytest.approx(sum(judged) / len(judged))  # not over those without
     assert m["reward"] == pytest.approx(rewards.mean().item())
     assert all(math.isfinite(value) for value in m.values())
 

@@ -210,7 +210,7 @@ def test_gdpo_normalises_each_reward_in_its_group_and_then_adds():
              "format": torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1, 2, 0, 2, 0, 1, 1, 1, 1], dtype=torch.float64),
              "unused": draw(5, 16)}
     table = {"accuracy": (1.0, None), "format": (0.5, None), "unused": (0.0, None)}
-    advantages, flat = run("gdpo", counted=terms, table=table, args=SimpleNamespace(group_size=4))
+    advantages, flat = run("gdpo", terms=terms, table=table, args=SimpleNamespace(group_size=4))
     for n in range(16):
         expected = 0
         for name, (weight, _) in table.items():
