@@ -911,7 +911,8 @@ model.Policy.forward = spoilt""")
     process = start(*ranks(hook, "grpo_video.py", *GRPO_FLAGS, "--learn_flat_groups", "True", "--save_every", "1",
                            "--output_dir", folder))
     assert process.finish() == 1
-    summary = process.text()[process.text().index("Root Cause"):]
+    # Of all ranks: within one second torchrun takes any for the first, also the one that only lost its neighbour.
+    summary = process.text()[process.text().index("Failures:"):]
     name = questions_of_step(1, questions)[1]
     assert re.search(rf"FloatingPointError \(rank 1, step 1, update, .*log-probs or loss of question {name} are not "
                      "finite; resume .*--change learning_rate", summary)
