@@ -153,8 +153,8 @@ def accuracy_reward(completion: str, example: Example) -> float:
 def reward_table(args: Args) -> dict:
     """name -> (weight, function of completion and example). The reward is their weighted sum; each is logged too. None
     is for no reward, where an example gives nothing to judge by."""
-    # ABLATE: rewards. A length penalty is one more line. One that needs log-probs (GRPO-CARE's
-    # consistency bonus) is added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
+    # ABLATE: rewards. A length penalty is one more line. One that needs log-probs (GRPO-CARE's consistency bonus) is
+    # added to `rewards` in `main`, from `logps_without_grad` over micro-batches of all rows.
     return {"accuracy": (1.0, accuracy_reward),
             "format": (args.format_weight, data.format_reward),
             "agreement": (args.agreement_weight, data.agreement_reward),
@@ -295,7 +295,7 @@ def main(args: Args) -> Path:
         run.phase("score")
         rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
         answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
-        values = {name: [reward(*answer) for answer in answers] for name, (_, reward) in table.items()}
+        values = {name: [reward(*answer) for answer in answers] for name, (_, reward) in table.items()}  # N each
         terms = {name: torch.tensor([value or 0.0 for value in column], dtype=torch.float32, device=device)  # (N,) each
                  for name, column in values.items()}
         if args.reward_noise > 0:

@@ -202,17 +202,12 @@ def test_a_run_exports_its_policy(models, batches, runs, family):
         again, weights = weights_of(folder / "of_checkpoint"), weights_of(folder / "final")
         assert all(torch.equal(again[weight], weights[weight]) for weight in weights)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", category=UserWarning)  # peft's, of adapters that the file has not
+        warnings.filterwarnings("error", category=UserWarning)  # peft only warns of adapters that the file lacks
         adapted = peft.PeftModel.from_pretrained(hf_model(models / family), folder / "adapters")
     torch.testing.assert_close(logps(adapted), final, rtol=0, atol=1e-5)  # it keeps adapters in float32
 
 
-def quick_and_slow(names):
-    """The first of these runs is a part of `make test`, the others of `make test-slow`."""
-    return pytest.mark.parametrize("name", [names[0], *(pytest.param(n, marks=pytest.mark.slow) for n in names[1:])])
-
-
-@quick_and_slow(tuple(RUNS))
+@pytest.mark.parametrize("name", tuple(RUNS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_frozen_stays_and_all_else_learns(models, runs, family, name):
     base, final = weights_of(models / family), weights_of(runs(family, name)[0] / "final")
@@ -224,7 +219,7 @@ def test_what_is_frozen_stays_and_all_else_learns(models, runs, family, name):
         assert torch.equal(final[weight], base[weight].double()) != learns, weight
 
 
-@quick_and_slow(RESUMED)
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_run_is_bit_identical(models, runs, tmp_path, family, name):
     folder, _ = runs(family, name)
@@ -237,7 +232,6 @@ def test_a_resumed_run_is_bit_identical(models, runs, tmp_path, family, name):
     assert all(torch.equal(final[weight], again[weight]) for weight in final)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_change_nothing(models, runs, tmp_path, family, name):
@@ -299,7 +293,7 @@ def test_an_image_size_that_a_family_cannot_cut_is_refused_with_one_that_it_can(
 # ----------------------------------------------------------------------------------------------------------------------
 # Two processes.
 
-@pytest.mark.parametrize("names", [["grpo"], pytest.param(["lora", "frozen", "blind", "sft"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [["grpo"], ["lora", "frozen", "blind", "sft"]])
 def test_two_ranks_make_the_updates_of_one(models, runs, tmp_path, names):
     torchrun("tests/test_families_runs.py", 2, str(models), str(tmp_path), *names)
     for family, name in itertools.product(FAMILIES, names):
