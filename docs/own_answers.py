@@ -1,0 +1,78 @@
+"""Rejection sampling: an SFT file of a model's own right answers. GRPO's data without its pressure against wrong ones.
+
+    python docs/own_answers.py --output_file out/own.jsonl                               # the toy world's base
+    python sft_video.py --train_file ../own.jsonl                                        # seen from the data root
+    torchrun --nproc_per_node 8 docs/own_answers.py --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --output_file FILE
+
+Each question of the training file is answered `group_size` times, with the options, the temperature and the reward of
+grpo_video.py, whose flags these are; of the right answers the first that ended is kept. A question without one is left
+out, and so is one whose video cannot be read.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import grpo_video  # noqa: E402
+import runtime  # noqa: E402
+from data import Example, make_loader, step_batch, user_text  # noqa: E402
+from model import end_token_ids, vision_token_ids  # noqa: E402
+from run import write_whole  # noqa: E402
+from runtime import arg  # noqa: E402
+from sampler import completion_text  # noqa: E402
+
+
+@dataclass
+class Args(grpo_video.Args):
+    output_file: str = arg("out/own.jsonl", "the SFT file")
+
+
+def sft_record(example: Example, response: str, data_root: str) -> dict:
+    """A record of the SFT shape: the prompt that was answered, media by their place below the data root."""
+    root, question = Path(data_root).resolve(), example.question
+    content = [{"type": kind, kind: path.relative_to(root).as_posix()}
+               for kind, path in (("video", question.video), ("image", question.image)) if path]
+    content.append({"type": "text", "text": user_text(question.text, example.options)})
+    return {"sample_id": question.id, "prompt": [{"role": "user", "content": content}], "response": response}
+
+
+def main(args: Args) -> None:
+    rank, world_size, device = runtime.setup()
+    args = runtime.resolve(args, device)
+    tokenizer = runtime.load_tokenizer(args.model)
+    dataset, _ = runtime.load_training_set(args, tokenizer, for_sft=False)
+    sampler = runtime.load_sampler(args, device)
+    end_ids, banned_ids = end_token_ids(sampler, tokenizer, device), vision_token_ids(sampler, device)
+    num_steps = len(dataset) // args.prompts_per_step  # one pass, in the order of GRPO's first epoch
+    loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
+                                   for step in range(num_steps)], args.num_workers)
+    found, num_right = [], 0
+    for step, examples in enumerate(tqdm(loader, total=num_steps, disable=rank != 0)):
+        examples = [example for example in examples if not example.error]
+        rollout = grpo_video.sample_groups(sampler, examples, step, args, end_ids, banned_ids)
+        rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
+        texts = [completion_text(tokenizer, *row) for row in rows]
+        for i, example in enumerate(examples):
+            group = slice(i * args.group_size, (i + 1) * args.group_size)
+            right = [text for text, ended in zip(texts[group], rollout.ended[group])
+                     if ended and grpo_video.accuracy_reward(text, example)]
+            num_right += len(right)
+            if right:
+                found.append(sft_record(example, right[0], args.data_root))
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, (found, num_right))
+    if rank == 0:
+        records = [record for of_rank, _ in gathered for record in of_rank]
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(args.output_file), "".join(json.dumps(record) + "\n" for record in records))
+        asked = num_steps * args.prompts_per_step
+        print(f"{args.output_file}: {len(records)} of {asked} questions have a right answer among {args.group_size}; "
+              f"{sum(n for _, n in gathered) / asked / args.group_size:.1%} of all are right")
+
+
+if __name__ == "__main__":
+    runtime.launch(main, Args, grpo_video.TOY)

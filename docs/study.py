@@ -1,0 +1,414 @@
+"""The study: the paper's comparison, and when it holds, as a list of runs. What it found is in docs/study.md.
+
+    python docs/study.py                    # the toy world: runs what is missing, two at a time, and draws
+    python docs/study.py --only S1 -j 4     # the runs of one question, four at a time
+    python docs/study.py --quick            # one seed, a quarter of the questions, into out/study_quick
+    python docs/study.py --print            # the commands that are missing; runs nothing
+    python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --processes 8 -j 1
+
+A run is a few commands, its parts: train, evaluate, measure. The numbers of each part go to the run's summary, a small
+JSON file in docs/study/ that is committed: what a summary has is not run again, on any machine. Models and samples lie
+in out/study/. After a kill the same command goes on where it stopped, in the middle of a training run too (--resume). A
+part whose command is no longer the one in its summary is run again.
+
+To add a question: its arms into `arms`, the names of its runs into STUDIES, its picture into docs/study_report.py.
+
+Equal numbers of questions: all arms learn from the same number of them, the budget, counted with repetitions; one that
+goes on with the model of another gets the share that this one has left.
+
+Learning rates: of each arm in CANDIDATES three, about a factor of three apart, are tried with the first seed; taken is
+the one with the most right answers on TUNING, questions about the tasks and kitchens of the training file that are not
+in it, and of equals the smallest (`choose_rate`). The choices stand in RATES, and a test holds them to the summaries.
+The final numbers are those of FRESH: nobody has seen these questions while anything could still be chosen.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from run import write_whole  # noqa: E402
+from toy import CLAIMS, check_claims  # noqa: E402
+
+SEEDS = (0, 1, 2)
+LEVELS = tuple(f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3"))
+FRESH = tuple(f"annotations/fresh4_{level}.jsonl" for level in ("L1", "L2", "L3"))
+TUNING = ("annotations/fresh1_L1.jsonl",)
+SFT, GRPO = "sft_video.py", "grpo_video.py"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The runs, as data.
+
+CANDIDATES = {  # arm -> learning rates to choose from
+    **dict.fromkeys(("sft", "own", "reversed", "skips", "hallucinates", "terse", "wrong"), (3e-5, 1e-4, 3e-4)),
+    "grpo": (6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
+}
+RATES = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run and what is measured of it, for every seed. On real data the scripts' own learning rates hold."""
+    name: str
+    script: str  # "": the base model as it is
+    flags: str = ""
+    rate: float = 0.0  # of the toy world
+    share: float = 1.0  # of the budget
+    after: str = ""  # goes on with the model of this run
+    train_file: str = ""  # in out/study/data, written by the command of that name in `file_command`
+    levels: bool = False  # evaluated on LEVELS too, beside FRESH
+    look: bool = False  # attention.py is run as well
+
+
+def name_at(arm: str, rate: float) -> str:
+    return f"{arm}_{rate:.0e}".replace("e-0", "e-")
+
+
+def arms() -> list[Run]:
+    """All runs. Those with a rate in their name were tried; `chosen` names the one of an arm that was taken."""
+    what = {"sft": dict(script=SFT), "own": dict(script=SFT, train_file="own_seed{seed}"), "grpo": dict(script=GRPO),
+            "lora": dict(script=GRPO, flags="--lora_rank 16"),
+            **{teacher: dict(script=SFT, train_file=teacher)
+               for teacher in ("reversed", "skips", "hallucinates", "terse", "wrong")}}
+    for arm in ("sft", "own", "grpo", "lora"):
+        what[arm] |= dict(levels=True, look=True)
+    runs = [Run("base", "", levels=True, look=True)]
+    runs += [Run(name_at(arm, rate), rate=rate, **what[arm]) for arm, rates in CANDIDATES.items() for rate in rates]
+    if not RATES:
+        return runs
+    sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
+    return runs + [
+        Run("blank", flags="--video blank", levels=True, look=True, **grpo),
+        # Cold start: SFT on 64 records, three times each; then GRPO.
+        Run("few", flags="--max_questions 64", share=1 / 11, **sft),
+        Run("few_grpo", after="few", share=10 / 11, levels=True, **grpo),
+        Run("half", share=1 / 2, **sft),  # on all records, with half of the budget
+        Run("half_grpo", after="half", share=1 / 2, levels=True, **grpo),
+        Run("kl_0.02", flags="--kl_coef 0.02", **grpo),
+        Run("kl_0.1", flags="--kl_coef 0.1", **grpo),
+    ]
+
+
+def chosen(arm: str) -> str:
+    return name_at(arm, RATES[arm])
+
+
+RUNS = {run.name: run for run in arms()}
+TEACHERS = ("reversed", "skips", "hallucinates", "terse", "wrong")  # beside SFT's own, who is without fault
+STUDIES = {"tuning": [name_at(arm, rate) for arm, rates in CANDIDATES.items() for rate in rates]}
+if RATES:
+    STUDIES["S1"] = ["base", *map(chosen, ("sft", "own", "grpo", "lora")), "few_grpo", "half_grpo", "blank"]
+    STUDIES["S2"] = ["base", *map(chosen, ("sft", *TEACHERS, "grpo"))]
+    STUDIES["S3"] = [*STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
+                     *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]
+    STUDIES["S4"] = STUDIES["S3"]
+
+
+def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The base is not trained; what was only tried for its rate, and not taken, was tried with the first seed."""
+    reported = any(name in names for study, names in STUDIES.items() if study != "tuning")
+    return seeds if RUNS[name].script and reported else seeds[:1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a run to its commands.
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a study runs. Its defaults are the toy world's."""
+    model: str = "toy"
+    data_root: str = "toy"
+    out: str = "out/study"
+    summaries: str = "docs/study"
+    budget: int = 2112  # questions, counted with repetitions: three times the 704 of the training file
+    sft_batch: int = 32  # questions a step, the default of sft_video.py there
+    grpo_batch: int = 8
+    max_questions: int = 0  # of a file, in evaluations; 0: all
+    processes: int = 1  # of a command, by torchrun
+
+    @property
+    def toy(self) -> bool:
+        return self.data_root == "toy"
+
+    def world(self) -> list[str]:
+        return [] if self.toy else ["--data_root", self.data_root]
+
+    def folder(self, run: Run, seed: int) -> str:
+        return f"{self.out}/{run.name}_seed{seed}" if run.script else f"{self.out}/{run.name}"
+
+    def model_of(self, run: Run, seed: int) -> str:
+        return f"{self.folder(run, seed)}/final" if run.script else self.model
+
+    def train_file(self, name: str) -> str:
+        """A file of the study, as the scripts' --train_file wants it: seen from the data root."""
+        data_root = "out/toy" if self.toy else self.data_root
+        return os.path.relpath(ROOT / self.out / "data" / f"{name}.jsonl", ROOT / data_root)
+
+
+def file_command(name: str, seed: int, setting: Setting) -> list[str]:
+    """The command that writes a training file of the study."""
+    output = f"{setting.out}/data/{name}.jsonl"
+    if name.startswith("own"):
+        return ["docs/own_answers.py", "--model", setting.model, *setting.world(), "--seed", f"{seed}", "--output_file",
+                output]
+    return ["docs/teachers.py", name, output]
+
+
+def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
+    """part -> its command, without the interpreter."""
+    folder, model, found = setting.folder(run, seed), setting.model_of(run, seed), {}
+    if run.script:
+        batch = setting.sft_batch if run.script == SFT else setting.grpo_batch
+        start = setting.model_of(RUNS[run.after], seed) if run.after else setting.model
+        found["train"] = [
+            run.script, *shlex.split(run.flags), "--model", start, *setting.world(), "--max_steps",
+            f"{max(1, round(run.share * setting.budget) // batch)}", "--seed", f"{seed}", "--output_dir", folder]
+        if run.train_file:
+            found["train"] += ["--train_file", setting.train_file(run.train_file.format(seed=seed))]
+        if setting.toy:
+            found["train"] += ["--learning_rate", f"{run.rate:g}"]
+    evaluate = ["evaluate.py", "--model", model, *setting.world(), "--max_questions", f"{setting.max_questions}"]
+    if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
+        found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
+    if any(run.name in names for study, names in STUDIES.items() if study != "tuning"):
+        files = [*LEVELS, *FRESH] if run.levels and setting.toy else FRESH if setting.toy else LEVELS
+        for video in ("full", "random"):
+            found[video] = [*evaluate, "--video", video, "--eval_files", *files, "--output_dir", f"{folder}/{video}"]
+        if run.script:
+            found["distance"] = ["docs/distance.py", "--model", setting.model, "--trained", model, *setting.world(),
+                                 "--output_file", f"{folder}/distance.json"]
+        if run.look:
+            found["attention"] = ["attention.py", "--model", model, *setting.world(), "--output_dir",
+                                  f"{folder}/attention"]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is kept of a part: small enough to be committed, enough to compute anything from.
+
+def summarise_answers(samples: Path) -> dict:
+    """file -> of its questions with a video, in the order of their ids, a character each: right (1, 0, or . where no
+    answer was found) and agrees (whether the reasoning concluded what was answered: 1, 0, or . where it concluded
+    nothing); and, in the toy world, kind of claim -> [how many hold, how many there are]."""
+    of_file = defaultdict(list)
+    for record in map(json.loads, samples.read_text().splitlines()):
+        if record["video"]:
+            of_file[Path(record["file"]).stem].append(record)
+    summary = {}
+    for file, records in of_file.items():
+        records.sort(key=lambda record: record["sample_id"])
+        claims = {kind: [0, 0] for kind in CLAIMS}
+        for r in records:
+            checked = check_claims(r["response"], r["goal"], tuple(r["progress"]), tuple(r["options"]))
+            for kind, _, holds in checked:
+                claims[kind] = [claims[kind][0] + holds, claims[kind][1] + 1]
+        summary[file] = {
+            "right": "".join("." if r["parsed"] is None else f"{r['correct']:d}" for r in records),
+            "agrees": "".join("." if r["concluded"] is None else f"{r['concluded'] == r['parsed']:d}" for r in records),
+            "claims": claims}
+    return summary
+
+
+def summarise_attention(file: Path) -> dict:
+    """All of attention.json but the questions' own, the heads and the layers."""
+    table = json.loads(file.read_text())["models"][0]
+    kinds = {kind: {"vision": found["vision_all_layers"], "entropy": found["entropy"] and sum(found["entropy"]) / len(
+        found["entropy"])} for kind, found in table["kinds"].items()}
+    return {"questions": table["questions"], "max_entropy": table["max_entropy"], "kinds": kinds,
+            "hiding": table["hiding"],
+            **{key: {name: value for name, value in (table[key] or {}).items()
+                     if name not in ("heads", "layers", "picked_heads")} for key in ("diagonal", "place")}}
+
+
+def numbers_of(part: str, folder: Path) -> dict:
+    """The numbers of a part that has just run."""
+    if part == "train":
+        return {"seconds": round(json.loads((folder / "report.json").read_text())["seconds"]["step_s"])}
+    if part == "attention":
+        return summarise_attention(folder / "attention/attention.json")
+    if part == "distance":
+        return json.loads((folder / "distance.json").read_text())
+    return summarise_answers(folder / part / "samples.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running them.
+
+COST = {SFT: 60, GRPO: 210, "evaluate.py": 40, "attention.py": 60, "docs/distance.py": 20}  # seconds, for the bar alone
+
+
+class Study:
+    """Runs what is missing, several runs at a time; all that it knows is in files."""
+
+    def __init__(self, setting: Setting, jobs: int):
+        self.setting, self.jobs = setting, jobs
+        self.locks = defaultdict(threading.Lock)  # what several runs need is made once; the others wait for it
+        self.processes, self.stopping = set(), False
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.env = {"OMP_NUM_THREADS": f"{threads}", "GOMP_SPINCOUNT": "1000", **os.environ}
+
+    def summary_file(self, run: Run, seed: int) -> Path:
+        return ROOT / self.setting.summaries / f"{Path(self.setting.folder(run, seed)).name}.json"
+
+    def summary(self, run: Run, seed: int) -> dict:
+        file = self.summary_file(run, seed)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def missing(self, run: Run, seed: int) -> dict[str, list[str]]:
+        """The parts that the summary lacks, or has of another command: part -> command."""
+        summary, wanted = self.summary(run, seed), parts(run, seed, self.setting)
+        found = {part: command for part, command in wanted.items()
+                 if summary.get(part, {}).get("command") != shlex.join(command)}
+        if "train" in found:
+            return wanted  # what was measured of another model does not hold for this one
+        if found and run.script and not (ROOT / self.setting.model_of(run, seed) / "config.json").exists():
+            return {"train": wanted["train"]} | found  # the model was trained elsewhere
+        return found
+
+    def do(self, run: Run, seed: int, only: str = "") -> None:
+        """Runs the missing parts of a run, or one of them, behind what it begins with."""
+        with self.locks[run.name, seed]:
+            for part, command in self.missing(run, seed).items():
+                if only and part != only:
+                    continue
+                if part == "train" and run.after:
+                    self.do(RUNS[run.after], seed, only="train")
+                if part == "train" and run.train_file:
+                    self.make_file(run.train_file.format(seed=seed), seed)
+                folder = Path(self.setting.folder(run, seed))
+                self.call(f"{folder.name} {part}", command)
+                before = self.summary(run, seed)
+                if part == "train" and before.get("train", {}).get("command") != shlex.join(command):
+                    before = {}
+                summary = before | {part: {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}}
+                self.summary_file(run, seed).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self.summary_file(run, seed), json.dumps(summary, indent=1) + "\n")
+
+    def make_file(self, name: str, seed: int) -> None:
+        file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
+        with self.locks[name]:
+            if not file.exists():
+                self.call(name, file_command(name, seed, self.setting))
+
+    def call(self, name: str, command: list[str]) -> None:
+        """Runs one command to its end. RuntimeError, with its last lines, if it fails."""
+        if self.stopping:
+            raise RuntimeError("stopped")
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{self.setting.processes}"]
+        several = self.setting.processes > 1 and command[0] in (SFT, GRPO, "evaluate.py", "docs/own_answers.py")
+        resume = ["--resume"] if command[0] in (SFT, GRPO, "evaluate.py") else []
+        log = ROOT / self.setting.out / "logs" / f"{name.replace(' ', '_')}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as stream:
+            process = subprocess.Popen([sys.executable, *(ranks if several else []), *command, *resume], cwd=ROOT,
+                                       env=self.env, stdout=stream, stderr=subprocess.STDOUT)
+            self.processes.add(process)
+            status = process.wait()
+            self.processes.discard(process)
+        if status:
+            raise RuntimeError(f"{name} ended with {status}: {shlex.join(command)}\n{log}:\n{log.read_text()[-1500:]}")
+        self.bar.update(COST.get(command[0], 10))
+        self.bar.set_postfix_str(name)
+
+    def run(self, names: list[str], seeds: tuple[int, ...]) -> None:
+        """All runs of these names; the first failure ends it, when what is running then has been stopped."""
+        jobs = [(RUNS[name], seed) for name in dict.fromkeys(names) for seed in seeds_of(name, seeds)]
+        left = [command[0] for job in jobs for command in self.missing(*job).values()]
+        self.bar = tqdm(total=sum(COST.get(script, 10) for script in left), unit="s", dynamic_ncols=True,
+                        desc=f"{len(jobs)} runs, {len(left)} parts left")
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self.do, *job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.stopping = True
+                for process in list(self.processes):
+                    process.terminate()  # which saves a checkpoint
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                self.bar.close()
+
+
+def choose_rate(arm: str, summary_of) -> float:
+    """The learning rate of an arm by the rule above; summary_of(name) is the first seed's summary of a run."""
+    def right(rate: float) -> int:
+        return sum(answers["right"].count("1") for key, answers in summary_of(name_at(arm, rate))["tuning"].items()
+                   if key != "command")
+    return max(sorted(CANDIDATES[arm]), key=right)  # the first of equals: the smallest
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="STUDY", choices=STUDIES, help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the budget, 100 questions a file")
+    parser.add_argument("--print", action="store_true", help="print the commands that are missing and run nothing")
+    parser.add_argument("--model", default="toy")
+    parser.add_argument("--data_root", default="toy")
+    parser.add_argument("--processes", type=int, default=1, help="of each command, by torchrun")
+    parser.add_argument("--out", help="folder of models, samples, and of the summaries of all but the study itself")
+    parser.add_argument("--budget", type=int, help="questions that each arm learns from, repetitions counted")
+    args = parser.parse_args(argv)
+    setting = make_setting(args)
+    names = [name for study in args.only or STUDIES for name in STUDIES[study]]
+    study, seeds = Study(setting, args.jobs), tuple(args.seeds[:1] if args.quick else args.seeds)
+    if args.print:
+        print_commands(study, names, seeds)
+        return
+    if setting.toy:
+        for flags in ([], ["--fresh", "1"], *([["--fresh", "4"]] if RATES else [])):
+            subprocess.run([sys.executable, "toy.py", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    study.run(names, seeds)
+    for arm in CANDIDATES if not args.only or "tuning" in args.only else ():
+        print(f"{arm}: {choose_rate(arm, lambda name: study.summary(RUNS[name], SEEDS[0])):g}")
+
+
+def make_setting(args) -> Setting:
+    toy = args.data_root == "toy"
+    default = Setting() if toy else Setting(budget=6000, sft_batch=128, grpo_batch=8)  # the paper's
+    out = args.out or ("out/study" if toy else "out/study_real") + ("_quick" if args.quick else "")
+    budget = args.budget or default.budget // (4 if args.quick else 1)
+    own = toy and not args.quick and not args.out and not args.budget and args.model == "toy"
+    return replace(default, model=args.model, data_root=args.data_root, processes=args.processes, budget=budget,
+                   out=out, summaries="docs/study" if own else f"{out}/summaries",
+                   max_questions=100 if args.quick else 0)
+
+
+def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> None:
+    """Everything that is missing, in an order in which it can be run."""
+    ranks = f"torchrun --nproc_per_node {study.setting.processes}" if study.setting.processes > 1 else "python"
+    done = set()
+
+    def show(run: Run, seed: int) -> None:
+        if (run.name, seed) in done:
+            return
+        done.add((run.name, seed))
+        if run.after:
+            show(RUNS[run.after], seed)
+        if run.train_file and (name := run.train_file.format(seed=seed)) not in done:
+            done.add(name)
+            print(ranks if name.startswith("own") else "python", shlex.join(file_command(name, seed, study.setting)))
+        for command in study.missing(run, seed).values():
+            alone = command[0] in ("attention.py", "docs/distance.py")
+            print("python" if alone else ranks, shlex.join(command))
+
+    for name in dict.fromkeys(names):
+        for seed in seeds_of(name, seeds):
+            show(RUNS[name], seed)
+
+
+if __name__ == "__main__":
+    main()
