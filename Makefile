@@ -7,6 +7,8 @@
 #                blind, look at where both look, and put it all on a page
 # make results   the README's tables and picture: SFT, GRPO, GRPO by LoRA and GRPO on blank videos, three seeds
 #                each, and their controls
+# make study     the study of docs/study.md: what is missing of its runs, then its tables and pictures; hours for all
+# make study-quick   the same with one seed, a quarter of the questions to learn from, 100 of each file, in out/study_quick
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
 #                a Python that has torch for the GPU and the other packages of requirements.txt: nothing is installed
 # make clean     remove the toy world and all runs on it; runs on real data (out/grpo, out/sft, out/eval) stay
@@ -19,7 +21,7 @@ LEVELS = $(foreach level,L1 L2 L3,annotations/validation_$(level).jsonl)
 export GOMP_SPINCOUNT ?= 1000
 FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 
-.PHONY: test test-slow test-faults test-page lint demo results gpu clean
+.PHONY: test test-slow test-faults test-page lint demo results study study-quick gpu clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -72,8 +74,16 @@ results: .venv/installed
 	$(evaluate) out/results/grpo_blank_seed0/blank --model out/results/grpo_blank_seed0/final --video blank --eval_files $(LEVELS) $(FRESH)
 	$(BIN)/python docs/results.py out/results docs/results.png | tee docs/results.md
 
+study: .venv/installed
+	$(BIN)/python docs/study.py
+	$(BIN)/python docs/study_report.py
+
+study-quick: .venv/installed
+	$(BIN)/python docs/study.py --quick --only S1 S2
+	$(BIN)/python docs/study_report.py out/study_quick/summaries
+
 gpu:
 	$(PYTHON) tests/gpu.py
 
 clean:
-	rm -rf out/toy out/toy_* out/demo* out/results* .pytest_cache __pycache__ tests/__pycache__
+	rm -rf out/toy out/toy_* out/demo* out/results* out/study* .pytest_cache __pycache__ tests/__pycache__

@@ -1,7 +1,7 @@
 """The study: the paper's comparison, and when it holds, as a list of runs. What it found is in docs/study.md.
 
     python docs/study.py                    # the toy world: runs what is missing, two at a time, and draws
-    python docs/study.py --only S1 -j 4     # the runs of one question, four at a time
+    python docs/study.py --only S1 -j 4     # the runs of one question, four at a time; or runs by their names
     python docs/study.py --quick            # one seed, a quarter of the questions, into out/study_quick
     python docs/study.py --print            # the commands that are missing; runs nothing
     python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --processes 8 -j 1
@@ -135,13 +135,15 @@ class Setting:
     grpo_batch: int = 8
     max_questions: int = 0  # of a file, in evaluations; 0: all
     processes: int = 1  # of a command, by torchrun
+    flags: tuple[str, ...] = ()  # of every command
 
     @property
     def toy(self) -> bool:
         return self.data_root == "toy"
 
     def world(self) -> list[str]:
-        return [] if self.toy else ["--data_root", self.data_root]
+        """The end of every command: where the data is, and the user's own flags, which win."""
+        return [*([] if self.toy else ["--data_root", self.data_root]), *self.flags]
 
     def folder(self, run: Run, seed: int) -> str:
         return f"{self.out}/{run.name}_seed{seed}" if run.script else f"{self.out}/{run.name}"
@@ -159,8 +161,8 @@ def file_command(name: str, seed: int, setting: Setting) -> list[str]:
     """The command that writes a training file of the study."""
     output = f"{setting.out}/data/{name}.jsonl"
     if name.startswith("own"):
-        return ["docs/own_answers.py", "--model", setting.model, *setting.world(), "--seed", f"{seed}", "--output_file",
-                output]
+        return ["docs/own_answers.py", "--model", setting.model, "--seed", f"{seed}", "--output_file", output,
+                *setting.world()]
     return ["docs/teachers.py", name, output]
 
 
@@ -171,13 +173,13 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
         batch = setting.sft_batch if run.script == SFT else setting.grpo_batch
         start = setting.model_of(RUNS[run.after], seed) if run.after else setting.model
         found["train"] = [
-            run.script, *shlex.split(run.flags), "--model", start, *setting.world(), "--max_steps",
+            run.script, *shlex.split(run.flags), "--model", start, "--max_steps",
             f"{max(1, round(run.share * setting.budget) // batch)}", "--seed", f"{seed}", "--output_dir", folder]
         if run.train_file:
             found["train"] += ["--train_file", setting.train_file(run.train_file.format(seed=seed))]
-        if setting.toy:
-            found["train"] += ["--learning_rate", f"{run.rate:g}"]
-    evaluate = ["evaluate.py", "--model", model, *setting.world(), "--max_questions", f"{setting.max_questions}"]
+        found["train"] += (["--learning_rate", f"{run.rate:g}"] if setting.toy else
+                           ["--prompts_per_step", f"{batch}"])
+    evaluate = ["evaluate.py", "--model", model, "--max_questions", f"{setting.max_questions}"]
     if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
         found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
     if any(run.name in names for study, names in STUDIES.items() if study != "tuning"):
@@ -185,12 +187,11 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
         for video in ("full", "random"):
             found[video] = [*evaluate, "--video", video, "--eval_files", *files, "--output_dir", f"{folder}/{video}"]
         if run.script:
-            found["distance"] = ["docs/distance.py", "--model", setting.model, "--trained", model, *setting.world(),
-                                 "--output_file", f"{folder}/distance.json"]
+            found["distance"] = ["docs/distance.py", "--model", setting.model, "--trained", model, "--output_file",
+                                 f"{folder}/distance.json"]
         if run.look:
-            found["attention"] = ["attention.py", "--model", model, *setting.world(), "--output_dir",
-                                  f"{folder}/attention"]
-    return found
+            found["attention"] = ["attention.py", "--model", model, "--output_dir", f"{folder}/attention"]
+    return {part: command + setting.world() for part, command in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Study:
 
     def __init__(self, setting: Setting, jobs: int):
         self.setting, self.jobs = setting, jobs
-        self.locks = defaultdict(threading.Lock)  # what several runs need is made once; the others wait for it
+        self.locks = defaultdict(threading.RLock)  # what several runs need is made once; the others wait for it
         self.processes, self.stopping = set(), False
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.env = {"OMP_NUM_THREADS": f"{threads}", "GOMP_SPINCOUNT": "1000", **os.environ}
@@ -267,32 +268,41 @@ class Study:
     def missing(self, run: Run, seed: int) -> dict[str, list[str]]:
         """The parts that the summary lacks, or has of another command: part -> command."""
         summary, wanted = self.summary(run, seed), parts(run, seed, self.setting)
-        found = {part: command for part, command in wanted.items()
-                 if summary.get(part, {}).get("command") != shlex.join(command)}
-        if "train" in found:
+        if run.script and summary.get("train", {}).get("command") != shlex.join(wanted["train"]):
             return wanted  # what was measured of another model does not hold for this one
-        if found and run.script and not (ROOT / self.setting.model_of(run, seed) / "config.json").exists():
-            return {"train": wanted["train"]} | found  # the model was trained elsewhere
-        return found
+        return {part: command for part, command in wanted.items()
+                if summary.get(part, {}).get("command") != shlex.join(command)}
 
-    def do(self, run: Run, seed: int, only: str = "") -> None:
-        """Runs the missing parts of a run, or one of them, behind what it begins with."""
+    def do(self, run: Run, seed: int) -> None:
+        """Runs the missing parts of a run."""
         with self.locks[run.name, seed]:
-            for part, command in self.missing(run, seed).items():
-                if only and part != only:
-                    continue
-                if part == "train" and run.after:
-                    self.do(RUNS[run.after], seed, only="train")
-                if part == "train" and run.train_file:
-                    self.make_file(run.train_file.format(seed=seed), seed)
-                folder = Path(self.setting.folder(run, seed))
-                self.call(f"{folder.name} {part}", command)
-                before = self.summary(run, seed)
-                if part == "train" and before.get("train", {}).get("command") != shlex.join(command):
-                    before = {}
-                summary = before | {part: {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}}
-                self.summary_file(run, seed).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(self.summary_file(run, seed), json.dumps(summary, indent=1) + "\n")
+            missing = self.missing(run, seed)
+            if missing and run.script:
+                self.train(run, seed)
+            for part, command in missing.items():
+                if part != "train":
+                    self.run_part(run, seed, part, command)
+
+    def train(self, run: Run, seed: int) -> None:
+        """Sees to it that the model of a run is on this machine, and what it begins with before."""
+        with self.locks[run.name, seed]:
+            there = (ROOT / self.setting.model_of(run, seed) / "config.json").exists()
+            if there and "train" not in self.missing(run, seed):
+                return
+            if run.after:
+                self.train(RUNS[run.after], seed)
+            if run.train_file:
+                self.make_file(run.train_file.format(seed=seed), seed)
+            self.run_part(run, seed, "train", parts(run, seed, self.setting)["train"])
+
+    def run_part(self, run: Run, seed: int, part: str, command: list[str]) -> None:
+        """Runs a part and keeps its numbers in the summary, which is begun anew for another model."""
+        folder = Path(self.setting.folder(run, seed))
+        self.call(f"{folder.name} {part}", command)
+        summary = {} if part in self.missing(run, seed) and part == "train" else self.summary(run, seed)
+        summary[part] = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}
+        self.summary_file(run, seed).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.summary_file(run, seed), json.dumps(summary, indent=1) + "\n")
 
     def make_file(self, name: str, seed: int) -> None:
         file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
@@ -349,9 +359,10 @@ def choose_rate(arm: str, summary_of) -> float:
     return max(sorted(CANDIDATES[arm]), key=right)  # the first of equals: the smallest
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="STUDY", choices=STUDIES, help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--only", nargs="+", default=list(STUDIES), choices=[*STUDIES, *RUNS], metavar="NAME",
+                        help=f"questions ({', '.join(STUDIES)}) or runs ({', '.join(RUNS)})")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the budget, 100 questions a file")
@@ -361,9 +372,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="of each command, by torchrun")
     parser.add_argument("--out", help="folder of models, samples, and of the summaries of all but the study itself")
     parser.add_argument("--budget", type=int, help="questions that each arm learns from, repetitions counted")
-    args = parser.parse_args(argv)
+    parser.add_argument("--sft_batch", type=int, help="questions in a step of SFT, on real data")
+    parser.add_argument("--flags", default="", help="for every command, such as '--image_size 112 --num_frames 8'")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     setting = make_setting(args)
-    names = [name for study in args.only or STUDIES for name in STUDIES[study]]
+    names = [name for item in args.only for name in STUDIES.get(item, [item])]
     study, seeds = Study(setting, args.jobs), tuple(args.seeds[:1] if args.quick else args.seeds)
     if args.print:
         print_commands(study, names, seeds)
@@ -372,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         for flags in ([], ["--fresh", "1"], *([["--fresh", "4"]] if RATES else [])):
             subprocess.run([sys.executable, "toy.py", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     study.run(names, seeds)
-    for arm in CANDIDATES if not args.only or "tuning" in args.only else ():
+    for arm in CANDIDATES if "tuning" in args.only else ():
         print(f"{arm}: {choose_rate(arm, lambda name: study.summary(RUNS[name], SEEDS[0])):g}")
 
 
@@ -381,10 +398,10 @@ def make_setting(args) -> Setting:
     default = Setting() if toy else Setting(budget=6000, sft_batch=128, grpo_batch=8)  # the paper's
     out = args.out or ("out/study" if toy else "out/study_real") + ("_quick" if args.quick else "")
     budget = args.budget or default.budget // (4 if args.quick else 1)
-    own = toy and not args.quick and not args.out and not args.budget and args.model == "toy"
+    own = toy and args.model == "toy" and not (args.quick or args.out or args.budget or args.flags)
     return replace(default, model=args.model, data_root=args.data_root, processes=args.processes, budget=budget,
-                   out=out, summaries="docs/study" if own else f"{out}/summaries",
-                   max_questions=100 if args.quick else 0)
+                   out=out, summaries="docs/study" if own else f"{out}/summaries", flags=tuple(shlex.split(args.flags)),
+                   sft_batch=args.sft_batch or default.sft_batch, max_questions=100 if args.quick else 0)
 
 
 def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> None:

@@ -1,0 +1,366 @@
+"""Tables and pictures of the study (docs/study.py), from its summaries.
+
+    python docs/study_report.py                             # rewrites the tables in docs/study.md, and its pictures
+    python docs/study_report.py out/study_quick/summaries   # prints tables; the pictures go beside that folder
+
+A table stands in docs/study.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest of the
+numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
+"""
+import hashlib
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from docs.study import CANDIDATES, FRESH, LEVELS, RATES, STUDIES, TEACHERS, chosen, name_at  # noqa: E402
+
+LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
+LABELS = {
+    "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
+    "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
+    "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
+    "wrong": "SFT, 35% wrong", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
+COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "own": "#b5563c", "grpo": "#2b6cb0", "lora": "#6b9bd1",
+           "few_grpo": "#4a9a8c", "half_grpo": "#86b553", "blank": "#222222", "kl_0.02": "#7f6bc4", "kl_0.1": "#b18bd8"}
+
+
+def arm_of(name: str) -> str:
+    """The arm of a run: without its learning rate."""
+    return re.sub(r"_\de-\d+$", "", name)
+
+
+def label(name: str) -> str:
+    """An arm's label, with the learning rate where it is not the one that was chosen."""
+    arm = arm_of(name)
+    tried = arm in CANDIDATES and name != chosen(arm)
+    return LABELS[arm] + (f", {name.removeprefix(arm)[1:]}" if tried else "")
+
+
+def load(folder: Path) -> dict[str, list[dict]]:
+    """name -> the summaries of its seeds, in order."""
+    found = defaultdict(dict)
+    for file in sorted(folder.glob("*.json")):
+        name, _, seed = file.stem.partition("_seed")
+        found[name][int(seed or 0)] = json.loads(file.read_text())
+    return {name: [of_name[seed] for seed in sorted(of_name)] for name, of_name in found.items()}
+
+
+def seeds_with(runs: dict, name: str, part: str, file: str = "") -> list[dict]:
+    """The numbers of a part, or of one file in it, of every seed that has them."""
+    found = [summary[part] for summary in runs.get(name, ()) if part in summary]
+    return [numbers[file] for numbers in found if file in numbers] if file else found
+
+
+def right(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
+    """(seeds, questions) of 0 and 1, over several files one behind the other; (0, 0) where something is missing."""
+    of_files = [[[char == "1" for char in answers["right"]] for answers in seeds_with(runs, name, video, file)]
+                for file in files]
+    if len({len(seeds) for seeds in of_files}) != 1 or not of_files[0]:
+        return np.zeros((0, 0))
+    return np.concatenate([np.array(seeds, float) for seeds in of_files], axis=1)
+
+
+def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
+    """Percent for each seed: the mean over files, which weigh the same."""
+    of_files = [right(runs, name, video, [file]) for file in files]
+    return np.mean([100 * answers.mean(axis=1) for answers in of_files], axis=0) if all(map(len, of_files)) else (
+        np.zeros(0))
+
+
+def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000) -> tuple[float, float, float, bool]:
+    """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart).
+
+    The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
+    95% bootstrap interval over questions, drawn within each file.
+    """
+    rng, means = np.random.default_rng(0), []
+    for file in files:
+        pair = [right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)]
+        values = 100 * (pair[0] - pair[1])
+        drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), draws) @ values / len(values)
+        means.append((values.mean(), drawn))
+    low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
+    ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
+    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
+    return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def over_seeds(values: np.ndarray, digits: int = 1) -> str:
+    """mean (every seed); nothing where nothing was measured."""
+    if not len(values):
+        return ""
+    return f"{values.mean():.{digits}f}" + (
+        f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables: name -> text.
+
+def tuning_table(runs: dict) -> str:
+    rows = []
+    for arm, rates in CANDIDATES.items():
+        cells = []
+        for rate in rates:
+            found = accuracies({name: seeds[:1] for name, seeds in runs.items()}, name_at(arm, rate), "tuning",
+                               ["fresh1_L1"])
+            text = f"{rate:g}: {found[0]:.1f}" if len(found) else f"{rate:g}:"
+            cells.append(f"**{text}**" if RATES.get(arm) == rate else text)
+        rows.append([LABELS[arm], *cells])
+    return table(["right of 320 tuning questions with a video, %", "", "", ""], rows)
+
+
+def accuracy_table(runs: dict, names: list[str], videos: tuple[str, ...] = ("full", "random")) -> str:
+    files = [file for file in (*FRESH_FILES, *LEVEL_FILES) if any(
+        seeds_with(runs, name, "full", file) for name in names)]
+    rows = []
+    for name in names:
+        for video in videos:
+            cells = [over_seeds(accuracies(runs, name, video, [file])) for file in files]
+            rows.append([label(name) + (", other videos" if video == "random" else ""), *cells])
+    heads = [file.replace("fresh4_", "fresh ").replace("validation_", "") for file in files]
+    return table(["greedy accuracy, %: mean (seeds)", *heads], rows)
+
+
+def difference_table(runs: dict, pairs: list[tuple[str, str]]) -> str:
+    rows = []
+    for a, b in pairs:
+        cells = []
+        for files in (*([file] for file in FRESH_FILES), FRESH_FILES):
+            mean, low, high, apart = difference(runs, a, b, files)
+            text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+            cells.append(f"**{text}**" if apart and (low > 0 or high < 0) else text)
+        rows.append([f"{label(a)} − {label(b)}", *cells])
+    return table(["difference in points, 95% interval; bold: claimed", *(f.replace("fresh4_", "fresh ") for f in
+                                                                         FRESH_FILES), "all three"], rows)
+
+
+def distance_of(runs: dict, name: str) -> np.ndarray:
+    return np.array([numbers["forward_kl"] for numbers in seeds_with(runs, name, "distance")])
+
+
+def distance_table(runs: dict, names: list[str]) -> str:
+    rows = [[label(name), over_seeds(distance_of(runs, name)),
+             *(over_seeds(accuracies(runs, name, "full", [file])) for file in (FRESH_FILES[0], FRESH_FILES[2]))]
+            for name in names if name != "base"]
+    return table(["mean (seeds)", "forward KL, nats per completion", "fresh L1, %", "fresh L3, %"], rows)
+
+
+def incoherent(runs: dict, name: str) -> np.ndarray:
+    """Of the right answers whose reasoning concludes with an option, the percentage where it is another one."""
+    found = []
+    for summary in seeds_with(runs, name, "full"):
+        pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
+        concluded = [agrees for is_right, agrees in pairs if is_right == "1" and agrees != "."]
+        found.append(100 * concluded.count("0") / max(1, len(concluded)))
+    return np.array(found)
+
+
+def claims(runs: dict, name: str, kind: str) -> np.ndarray:
+    """The percentage of claims of a kind that hold, on the fresh questions; empty where none is made."""
+    found = []
+    for summary in seeds_with(runs, name, "full"):
+        held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
+        if made:
+            found.append(100 * held / made)
+    return np.array(found)
+
+
+def looked(runs: dict, name: str, *path: str) -> np.ndarray:
+    """A number of attention.py of each seed that has it."""
+    found = []
+    for numbers in seeds_with(runs, name, "attention"):
+        for key in path:
+            numbers = (numbers or {}).get(key)
+        if numbers is not None:
+            found.append(numbers["mean"] if isinstance(numbers, dict) else numbers)
+    return np.array(found)
+
+
+def signature_table(runs: dict, names: list[str]) -> str:
+    rows = []
+    for name in names:
+        full, other = (np.array([accuracies(runs, name, video, [file]) for file in FRESH_FILES])
+                       for video in ("full", "random"))
+        if not full.size:
+            continue
+        rows.append([label(name), *map(over_seeds_short, (
+            full[0] - full[2], full.mean(0) - other.mean(0), incoherent(runs, name), claims(runs, name, "step"),
+            claims(runs, name, "count")))])
+    return table(["mean over seeds", "drop from fresh L1 to L3, points", "gain from its own videos, points",
+                  "right answers that the reasoning contradicts, %", "steps said to be seen that were, %",
+                  "number of steps right, %"], rows)
+
+
+def attention_table(runs: dict, names: list[str]) -> str:
+    rows = []
+    for name in names:
+        gain = (accuracies(runs, name, "full", FRESH_FILES[:1]) - accuracies(runs, name, "random", FRESH_FILES[:1]))
+        if seeds_with(runs, name, "attention"):
+            rows.append([label(name), over_seeds_short(gain), *(
+                over_seeds_short(scale * looked(runs, name, *path), digits) for path, scale, digits in (
+                    (("kinds", "reasoning", "vision"), 100, 1), (("kinds", "reasoning", "entropy"), 1, 2),
+                    (("diagonal", "picked"), 100, 0), (("diagonal", "other_video"), 100, 0),
+                    (("hiding", "own"), 1, 2), (("hiding", "others"), 1, 2)))])
+    return table(["mean over seeds", "gain on fresh L1, points", "attention on vision, %", "its entropy, nats",
+                  "diagonal of the best heads, %", "the same with another video, %",
+                  "nats a word loses without its own frames", "without as many others"], rows)
+
+
+def over_seeds_short(values: np.ndarray, digits: int = 1) -> str:
+    """mean (lowest to highest)."""
+    if not len(values):
+        return ""
+    span = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{span}"
+
+
+def tables(runs: dict) -> dict[str, str]:
+    found = {"tuning": tuning_table(runs)}
+    if RATES:
+        sft, own, grpo, lora = map(chosen, ("sft", "own", "grpo", "lora"))
+        found |= {
+            "S1": accuracy_table(runs, STUDIES["S1"]),
+            "S1 differences": difference_table(runs, [
+                (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
+                (lora, grpo), ("blank", "base")]),
+            "S2": accuracy_table(runs, STUDIES["S2"]),
+            "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
+            "S3": distance_table(runs, list(dict.fromkeys(STUDIES["S3"]))),
+            "S4": signature_table(runs, list(dict.fromkeys(STUDIES["S4"]))),
+            "S4 attention": attention_table(runs, STUDIES["S1"])}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pictures: name -> what it draws, and how.
+
+def drawn_numbers(runs: dict) -> dict[str, dict]:
+    """picture -> all numbers in it; its digest is made of these."""
+    if not RATES:
+        return {}
+    s3 = [name for name in dict.fromkeys(STUDIES["S3"]) if name != "base" and len(distance_of(runs, name))]
+    return {
+        "study_s1": {name: {video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
+                            for video in ("full", "random")} for name in STUDIES["S1"]},
+        "study_s2": {name: accuracies(runs, name, "full", FRESH_FILES).tolist() for name in STUDIES["S2"]},
+        "study_s3": {name: {"distance": distance_of(runs, name).tolist(),
+                            "L1": accuracies(runs, name, "full", FRESH_FILES[:1]).tolist(),
+                            "L3": accuracies(runs, name, "full", FRESH_FILES[2:]).tolist()} for name in s3}}
+
+
+def digest(numbers: dict) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def draw_s1(numbers: dict):
+    """Bars: accuracy on fresh questions by level, an arm each; in front of it, outlined, that with other videos."""
+    figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
+    x, width = np.arange(3), 0.86 / len(numbers)
+    for i, (name, of_video) in enumerate(numbers.items()):
+        place = x + (i - len(numbers) / 2 + 0.5) * width
+        for video, of_level in of_video.items():
+            means = [np.mean(seeds) if seeds else np.nan for seeds in of_level]
+            style = (dict(color=COLOURS[arm_of(name)], label=label(name)) if video == "full" else
+                     dict(color="none", edgecolor="white", hatch="/////", linewidth=0))
+            axes.bar(place, means, width * 0.92, **style)
+            if video == "full":
+                for spot, seeds, mean in zip(place, of_level, means):
+                    axes.plot([spot] * len(seeds), seeds, "o", color="black", markersize=2)
+                    axes.text(spot, max([*seeds, 0]) + 2, f"{mean:.0f}", ha="center", fontsize=7)
+    axes.axhline(25, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(x, ["fresh L1\nsame kitchens, same tasks", "fresh L2\nnew kitchens, same tasks",
+                        "fresh L3\nnew kitchens, new tasks"], fontsize=8)
+    axes.set(ylabel="greedy accuracy, %", ylim=(0, 118),
+             title="Equal numbers of questions; hatched: with the videos of other questions; dotted: chance")
+    axes.legend(loc="upper center", ncols=4, frameon=False, fontsize=7.5)
+    return figure
+
+
+def draw_s2(numbers: dict):
+    """Dots: mean accuracy over the fresh levels, a line for each teacher, a dot for each seed."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    numbers = {name: seeds for name, seeds in numbers.items() if seeds}
+    order = sorted(numbers, key=lambda name: np.mean(numbers[name]))
+    for y, name in enumerate(order):
+        colour = COLOURS.get(arm_of(name), COLOURS["sft"])
+        axes.hlines(y, 0, np.mean(numbers[name]), color=colour, linewidth=1, alpha=0.5)
+        axes.plot(numbers[name], [y] * len(numbers[name]), "o", color=colour, markersize=5)
+        axes.text(max(numbers[name]) + 2, y, f"{np.mean(numbers[name]):.0f}", va="center", fontsize=8)
+    axes.axvline(25, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(order)), [label(name) for name in order], fontsize=8)
+    axes.set(xlabel="greedy accuracy, %, mean of fresh L1, L2 and L3", xlim=(0, 105))
+    return figure
+
+
+def draw_s3(numbers: dict):
+    """Dots: distance from the base against accuracy on fresh L3; filled where the run is right on > 80% of L1."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    markers = {"sft": "o", "grpo": "o", "own": "s", "lora": "D", "few_grpo": "^", "half_grpo": "v", "blank": "X",
+               "kl_0.02": "P", "kl_0.1": "P", "reversed": "<", "skips": ">", "hallucinates": "h", "terse": "p",
+               "wrong": "*"}
+    for name, of_run in numbers.items():
+        arm, labelled = arm_of(name), False
+        colour = COLOURS.get(arm, "#c9a227")
+        for x, l1, l3 in zip(of_run["distance"], of_run["L1"], of_run["L3"]):
+            axes.plot(x, l3, markers[arm], color=colour, fillstyle="full" if l1 > 80 else "none", markersize=6,
+                      label=None if labelled else label(name))
+            labelled = True
+        if arm in ("sft", "grpo") and name != chosen(arm):
+            axes.annotate(name.removeprefix(arm + "_"), (np.mean(of_run["distance"]), np.mean(of_run["L3"])),
+                          fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="KL(base || trained) on prompts of the training file, nats per completion",
+             ylabel="accuracy on fresh L3, %", ylim=(0, 100), title="Hollow: right on at most 80% of fresh L1")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+    return figure
+
+
+DRAW = {"study_s1": draw_s1, "study_s2": draw_s2, "study_s3": draw_s3}
+
+
+def stale(runs: dict) -> list[str]:
+    """What in docs/ is not what these summaries give."""
+    text, found = (HERE / "study.md").read_text(), []
+    for name, content in tables(runs).items():
+        if f"<!-- table {name} -->\n{content}\n<!-- end -->" not in text:
+            found.append(f"table {name}")
+    for name, numbers in drawn_numbers(runs).items():
+        picture = HERE / f"{name}.png"
+        if not picture.exists() or Image.open(picture).text.get("Digest") != digest(numbers):
+            found.append(picture.name)
+    return found
+
+
+def main(folder: Path) -> None:
+    runs, here = load(folder), folder.resolve() == (HERE / "study").resolve()
+    text = (HERE / "study.md").read_text()
+    for name, content in tables(runs).items():
+        print(f"\n{name}\n{content}")
+        place = re.compile(rf"(?<=<!-- table {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        text = place.sub(lambda _, content=content: content + "\n", text)
+    if here:
+        (HERE / "study.md").write_text(text)
+    for name, numbers in drawn_numbers(runs).items():
+        figure = DRAW[name](numbers)
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig((HERE if here else folder.parent) / f"{name}.png", dpi=160, metadata={"Digest": digest(numbers)})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "study")

@@ -1,0 +1,319 @@
+"""The study: its driver, the files it makes, what it measures, and that docs/study.md shows what was measured."""
+import json
+import math
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import attention
+import distance
+import evaluate
+import grpo_video
+import own_answers
+import runtime
+import sft_video
+import study
+import study_report
+import teachers
+import tiny
+import toy
+from data import build_options, load_questions
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMMARIES = study_report.load(ROOT / "docs/study")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is committed.
+
+def test_rates_are_those_that_the_rule_chooses():
+    for arm in study.CANDIDATES:
+        assert study.choose_rate(arm, lambda name: SUMMARIES[name][0]) == study.RATES[arm], arm
+
+
+def test_the_rule_takes_the_smallest_of_equals():
+    answers = {"sft_3e-5": "110.", "sft_1e-4": "0111", "sft_3e-4": "1110"}
+    found = study.choose_rate("sft", lambda name: {"tuning": {"command": "111111", "file": {"right": answers[name]}}})
+    assert found == 1e-4
+
+
+def test_tables_and_pictures_are_those_of_the_summaries():
+    assert study_report.stale(SUMMARIES) == []
+
+
+def test_a_changed_summary_makes_tables_and_pictures_stale():
+    name = study.chosen("grpo")
+    changed = json.loads(json.dumps(SUMMARIES))
+    answers = changed[name][0]["full"][study_report.FRESH_FILES[0]]
+    answers["right"] = "0" * len(answers["right"])
+    assert {"table S1", "table S2", "study_s1.png", "study_s2.png", "study_s3.png"} <= set(study_report.stale(changed))
+
+
+def test_summaries_are_of_the_commands_of_today():
+    """A run whose flags were changed afterwards would be drawn as something that it is not."""
+    setting = study.Setting()
+    for name, seeds in SUMMARIES.items():
+        for seed, summary in enumerate(seeds):
+            wanted = study.parts(study.RUNS[name], seed, setting)
+            for part, numbers in summary.items():
+                assert numbers["command"] == shlex.join(wanted[part]), (name, seed, part)
+
+
+def test_every_arm_learns_from_the_budget():
+    setting = study.Setting()
+    for run in study.RUNS.values():
+        questions = 0
+        while run.script:
+            command = study.parts(run, 0, setting)["train"]
+            steps = int(command[command.index("--max_steps") + 1])
+            questions += steps * (setting.sft_batch if run.script == study.SFT else setting.grpo_batch)
+            if run.name in ("few", "half"):
+                break
+            if not run.after:
+                assert questions == setting.budget, run
+                break
+            run = study.RUNS[run.after]
+        else:
+            assert run.name == "base"
+        if run.name in ("few", "half"):
+            assert questions in (setting.budget, setting.budget / 11 // 1, setting.budget / 2), run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics.
+
+def made_up(seed: int) -> dict:
+    rng = random.Random(seed)
+    return {name: [{"full": {file: {"right": "".join(rng.choice("10.") for _ in range(40))}
+                             for file in study_report.FRESH_FILES}} for _ in range(3)] for name in "ab"}
+
+
+def test_a_difference_is_that_of_the_means_and_its_interval_covers_as_often_as_it_says():
+    runs = made_up(0)
+    mean, low, high, apart = study_report.difference(runs, "a", "b", study_report.FRESH_FILES)
+    by_hand = [sum(seed["full"][file]["right"].count("1") for seed in runs[name]) / 3 / 40 * 100
+               for name in "ab" for file in study_report.FRESH_FILES]
+    assert mean == pytest.approx(sum(by_hand[:3]) / 3 - sum(by_hand[3:]) / 3)
+    ours, theirs = ([sum(seed["full"][file]["right"].count("1") for file in study_report.FRESH_FILES)
+                     for seed in runs[name]] for name in "ab")
+    assert apart == (min(ours) > max(theirs) or min(theirs) > max(ours))
+    # Both models are equally good by construction: the interval holds 0 in about 95 of 100 draws.
+    covered = sum(low <= 0 <= high for low, high in (
+        study_report.difference(made_up(seed), "a", "b", study_report.FRESH_FILES, draws=400)[1:3]
+        for seed in range(100)))
+    assert 88 <= covered <= 100
+
+
+def test_forward_kl_is_the_mean_over_completions_and_its_error_that_of_questions():
+    rng = np.random.default_rng(0)
+    base, trained = rng.normal(size=(2, 6, 5))
+    mean, error = distance.forward_kl(torch.tensor(base), torch.tensor(trained), group_size=2)
+    of_question = [sum(sum(base[n] - trained[n]) for n in (i, i + 1)) / 2 for i in (0, 2, 4)]
+    assert mean == pytest.approx(sum(of_question) / 3)
+    spread = sum((x - mean) ** 2 for x in of_question) / 2
+    assert error == pytest.approx(math.sqrt(spread / 3))
+
+
+def test_a_model_is_at_no_distance_from_itself_and_at_some_from_another(tmp_path, world):
+    flags = dict(grpo_video.TOY) | dict(model=str(toy.BASE), data_root=str(world), num_workers=0, num_questions=4,
+                                        output_file=str(tmp_path / "d.json"))
+    distance.main(distance.Args(**flags, trained=str(toy.BASE)))
+    same = json.loads((tmp_path / "d.json").read_text())
+    assert abs(same["forward_kl"]) < 1e-4 and same["completions"] == 32
+    other = tmp_path / "other"
+    shutil.copytree(toy.BASE, other)
+    weights = load_file(other / "model.safetensors")
+    name = "model.norm.weight"
+    save_file(weights | {name: weights[name] * 3}, other / "model.safetensors", metadata={"format": "pt"})
+    distance.main(distance.Args(**flags, trained=str(other)))
+    assert json.loads((tmp_path / "d.json").read_text())["forward_kl"] > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The training files.
+
+@pytest.fixture(scope="module")
+def told():
+    """teacher -> its records, and those of the world's own."""
+    own = [toy.make_sft_record(record) for record in toy.make_records("train")]
+    return {"own": own, **{teacher: teachers.write_records(teacher) for teacher in study.TEACHERS}}
+
+
+def test_teachers_change_nothing_but_the_response(told):
+    for records in told.values():
+        for record, own in zip(records, told["own"], strict=True):
+            assert {**record, "response": ""} == {**own, "response": ""}
+
+
+def test_teachers_answer_rightly_but_for_the_one_who_errs_in_a_third(told):
+    for teacher, records in told.items():
+        wrong = [record["response"][-10:] != own["response"][-10:] for record, own in zip(records, told["own"])]
+        assert (0.3 < np.mean(wrong) < 0.4) if teacher == "wrong" else not any(wrong), teacher
+
+
+def test_each_teacher_reasons_as_its_name_says(told):
+    def seen(record):
+        return toy.steps_said(record["response"])
+
+    pairs = {teacher: list(zip(records, told["own"])) for teacher, records in told.items()}
+    assert all(seen(record) == [] for record, _ in pairs["skips"])
+    assert all(seen(record) is None for record, _ in pairs["terse"])
+    for record, own in pairs["reversed"]:
+        text, (sees, concludes) = record["response"], own["response"][7:].split("</think>")[0].split(" Next")
+        assert text.startswith(f"<think>Next{concludes} {sees}</think>")
+    assert all(seen(record) == seen(own) for record, own in pairs["wrong"])
+    # Each different step is another with a probability of 0.4, less the chance that a random one is the same.
+    steps = [(a, b) for record, own in pairs["hallucinates"] if len(seen(record)) == len(seen(own))
+             for a, b in set(zip(seen(record), seen(own)))]
+    assert 0.35 < np.mean([a != b for a, b in steps]) < 0.45
+    for record, own in pairs["hallucinates"]:  # as many beats, though two steps may have become one
+        assert len({text["response"].count(",") + text["response"].count("still") for text in (record, own)}) == 1
+
+
+def test_own_answers_are_right_ended_and_asked_as_grpo_asks(tmp_path, world):
+    flags = dict(grpo_video.TOY) | dict(model=str(toy.BASE), data_root=str(world), num_workers=0, max_questions=16,
+                                        seed=5, output_file=str(tmp_path / "own.jsonl"))
+    own_answers.main(own_answers.Args(**flags))
+    records = load_questions(tmp_path / "own.jsonl", world)
+    sources = {question.id: question for question in load_questions("annotations/training_6k.jsonl", world)[:16]}
+    assert 8 <= len(records) <= 16
+    for record in records:
+        source = sources[record.id]
+        options, gold = build_options(source, 5, 0)
+        assert all(f"\n{letter}. {option}\n" in record.text for letter, option in zip("ABCD", options))
+        assert (record.video, record.image) == (source.video, source.image)
+        assert record.response.endswith(f"<answer>{gold}</answer>")
+    sft_video.main(sft_video.Args(**dict(sft_video.TOY) | dict(
+        model=str(toy.BASE), data_root=str(world), num_workers=0, train_file=str(tmp_path / "own.jsonl"), max_steps=1,
+        prompts_per_step=8, output_dir=str(tmp_path / "sft"))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The driver.
+
+def wait_for(condition, limit_s=120):
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < limit_s
+        time.sleep(0.2)
+
+
+def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
+    setting, calls = replace(study.Setting(), out="out/study_test", summaries=str(tmp_path)), []
+    driver = study.Study(setting, 1)
+    monkeypatch.setattr(driver, "call", lambda name, command: calls.append(name))
+    monkeypatch.setattr(study, "numbers_of", lambda part, folder: {"n": 1})
+    run = study.RUNS["few_grpo"]
+    of_model = ["few_seed0 train", "few_grpo_seed0 train"]
+    measured = [f"few_grpo_seed0 {part}" for part in ("full", "random", "distance")]
+    driver.do(run, 0)
+    assert calls == of_model + measured
+    calls.clear()
+    driver.do(run, 0)
+    assert calls == []  # models are gone, but all numbers are there
+    file = driver.summary_file(run, 0)
+    summary = json.loads(file.read_text())
+    del summary["random"]
+    file.write_text(json.dumps(summary))
+    driver.do(run, 0)
+    assert calls == of_model + measured[1:2]  # the model is needed for it
+    calls.clear()
+    summary["train"]["command"] += " --seed 7"
+    file.write_text(json.dumps(summary))
+    driver.do(run, 0)
+    assert calls == of_model + measured  # numbers of another model do not count
+    assert json.loads(file.read_text()).keys() == {"train", "full", "random", "distance"}
+
+
+def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
+    """Several at a time: `own` at three rates learns from one file."""
+    setting, calls = replace(study.Setting(), out="out/study_test", summaries=str(tmp_path)), []
+    driver = study.Study(setting, 3)
+
+    def call(name, command):
+        time.sleep(0.05)
+        if command[0] == "docs/own_answers.py":
+            (tmp_path / "made").touch()
+        calls.append(name)
+
+    monkeypatch.setattr(driver, "call", call)
+    monkeypatch.setattr(study, "numbers_of", lambda part, folder: {})
+    monkeypatch.setattr(study.Path, "exists", lambda path: (
+        (tmp_path / "made").is_file() if path.name == "own_seed0.jsonl" else path.is_file()))
+    driver.run([study.name_at("own", rate) for rate in study.CANDIDATES["own"]], (0,))
+    assert calls.count("own_seed0") == 1 and sum(name.endswith("train") for name in calls) == 3
+
+
+def test_a_failure_ends_the_study_and_says_where(tmp_path):
+    setting = replace(study.Setting(), out=f"{tmp_path}/out", summaries=str(tmp_path), model="no_such_model")
+    with pytest.raises(RuntimeError, match=r"base full ended with 1: evaluate.py --model no_such_model(.|\n)*"
+                                           r"no folder of a model"):
+        study.Study(setting, 1).run(["base"], (0,))
+
+
+@pytest.mark.slow
+def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
+    """The study in the form of a minute: one arm with what it begins with, trained, evaluated, measured, drawn."""
+    command = [sys.executable, "docs/study.py", "--quick", "--only", "few_grpo", "base", "--budget", "176", "--out",
+               str(tmp_path / "out")]
+    log = tmp_path / "out/logs/few_grpo_seed0_train.txt"
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: log.exists() and "step" in log.read_text())
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) != 0
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "out/summaries/few_grpo_seed0.json").read_text())
+    assert summary.keys() == {"train", "full", "random", "distance"}
+    assert len(summary["full"]["fresh4_L1"]["right"]) > 80
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "0 parts left" in again.stderr
+    study_report.main(tmp_path / "out/summaries")
+    assert Image.open(tmp_path / "out/study_s1.png").size[0] > 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On real data.
+
+SCRIPTS = {"sft_video.py": sft_video, "grpo_video.py": grpo_video, "evaluate.py": evaluate, "attention.py": attention,
+           "docs/distance.py": distance, "docs/own_answers.py": own_answers}
+
+
+@pytest.mark.slow
+def test_the_comparison_on_real_data_is_the_commands_that_are_printed(tmp_path, world, monkeypatch, capsys):
+    """Every command of S1 for a folder as it lies on the hub, in the order in which it is printed, in this process."""
+    model, out = tiny.write_as_on_the_hub(tmp_path / "model"), tmp_path / "out"
+    study.main(["--print", "--only", "S1", "--seeds", "0", "--model", str(model), "--data_root", str(world), "--out",
+                str(out), "--budget", "16", "--sft_batch", "4", "--flags",
+                "--image_size 56 --num_frames 4 --max_questions 6 --num_workers 0"])
+    commands = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+    scripts = [command[0] for command in commands]
+    assert scripts.count("sft_video.py") == 4 and scripts.count("grpo_video.py") == 5
+    assert scripts.count("evaluate.py") == 2 * 8 and scripts.count("docs/distance.py") == 7
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        module = SCRIPTS[command[0]]
+        if command[0] == "docs/own_answers.py":
+            # A random model has no right answer to give: one that answers A.
+            monkeypatch.setattr(own_answers, "completion_text", lambda *_: "<think>I see.</think><answer>A</answer>")
+        module.main(runtime.parse_args(module.Args, getattr(module, "TOY", grpo_video.TOY), command[1:]))
+        capsys.readouterr()
+    setting = study.make_setting(study.parse(["--model", str(model), "--data_root", str(world), "--out", str(out)]))
+    for run in map(study.RUNS.get, study.STUDIES["S1"]):
+        folder = out / Path(setting.folder(run, 0)).name
+        for video in ("full", "random"):
+            assert set(study.numbers_of(video, folder)) == {"validation_L1", "validation_L2", "validation_L3"}
+        if run.script:
+            assert study.numbers_of("distance", folder)["completions"] > 0
