@@ -53,7 +53,10 @@ CANDIDATES = {  # arm -> learning rates to choose from
     **dict.fromkeys(("sft", "own", "reversed", "skips", "hallucinates", "terse", "wrong"), (3e-5, 1e-4, 3e-4)),
     "grpo": (6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
-RATES = {}
+RATES = {  # what the rule chose
+    "sft": 1e-4, "own": 1e-4, "grpo": 6e-5, "lora": 1e-3, "reversed": 3e-5, "skips": 3e-4, "hallucinates": 3e-4,
+    "terse": 3e-5, "wrong": 1e-4,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Run:
     script: str  # "": the base model as it is
     flags: str = ""
     rate: float = 0.0  # of the toy world
+    real_flags: str = ""  # on real data alone
     share: float = 1.0  # of the budget
     after: str = ""  # goes on with the model of this run
     train_file: str = ""  # in out/study/data, written by the command of that name in `file_command`
@@ -77,15 +81,13 @@ def name_at(arm: str, rate: float) -> str:
 def arms() -> list[Run]:
     """All runs. Those with a rate in their name were tried; `chosen` names the one of an arm that was taken."""
     what = {"sft": dict(script=SFT), "own": dict(script=SFT, train_file="own_seed{seed}"), "grpo": dict(script=GRPO),
-            "lora": dict(script=GRPO, flags="--lora_rank 16"),
+            "lora": dict(script=GRPO, flags="--lora_rank 16", real_flags="--learning_rate 5e-6"),
             **{teacher: dict(script=SFT, train_file=teacher)
                for teacher in ("reversed", "skips", "hallucinates", "terse", "wrong")}}
     for arm in ("sft", "own", "grpo", "lora"):
         what[arm] |= dict(levels=True, look=True)
     runs = [Run("base", "", levels=True, look=True)]
     runs += [Run(name_at(arm, rate), rate=rate, **what[arm]) for arm, rates in CANDIDATES.items() for rate in rates]
-    if not RATES:
-        return runs
     sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
     return runs + [
         Run("blank", flags="--video blank", levels=True, look=True, **grpo),
@@ -103,15 +105,23 @@ def chosen(arm: str) -> str:
     return name_at(arm, RATES[arm])
 
 
+def on_real_data(name: str) -> bool:
+    """Not the toy world's teachers, and of the learning rates the scripts' own alone."""
+    arm = name.rpartition("_")[0]
+    return arm not in TEACHERS and (arm not in CANDIDATES or name == chosen(arm))
+
+
 RUNS = {run.name: run for run in arms()}
 TEACHERS = ("reversed", "skips", "hallucinates", "terse", "wrong")  # beside SFT's own, who is without fault
-STUDIES = {"tuning": [name_at(arm, rate) for arm, rates in CANDIDATES.items() for rate in rates]}
-if RATES:
-    STUDIES["S1"] = ["base", *map(chosen, ("sft", "own", "grpo", "lora")), "few_grpo", "half_grpo", "blank"]
-    STUDIES["S2"] = ["base", *map(chosen, ("sft", *TEACHERS, "grpo"))]
-    STUDIES["S3"] = [*STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
-                     *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]
-    STUDIES["S4"] = STUDIES["S3"]
+STUDIES = {
+    "tuning": [name_at(arm, rate) for arm, rates in CANDIDATES.items() for rate in rates],
+    "S1": ["base", *map(chosen, ("sft", "own", "grpo", "lora")), "few_grpo", "half_grpo", "blank"],
+    "S2": ["base", *map(chosen, ("sft", *TEACHERS, "grpo"))],
+}
+STUDIES["S3"] = list(dict.fromkeys([
+    *STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
+    *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]))
+STUDIES["S4"] = STUDIES["S3"]
 
 
 def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -178,7 +188,7 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
         if run.train_file:
             found["train"] += ["--train_file", setting.train_file(run.train_file.format(seed=seed))]
         found["train"] += (["--learning_rate", f"{run.rate:g}"] if setting.toy else
-                           ["--prompts_per_step", f"{batch}"])
+                           ["--prompts_per_step", f"{batch}", *shlex.split(run.real_flags)])
     evaluate = ["evaluate.py", "--model", model, "--max_questions", f"{setting.max_questions}"]
     if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
         found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
@@ -380,13 +390,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setting = make_setting(args)
-    names = [name for item in args.only for name in STUDIES.get(item, [item])]
+    names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or on_real_data(name)]
     study, seeds = Study(setting, args.jobs), tuple(args.seeds[:1] if args.quick else args.seeds)
     if args.print:
         print_commands(study, names, seeds)
         return
     if setting.toy:
-        for flags in ([], ["--fresh", "1"], *([["--fresh", "4"]] if RATES else [])):
+        for flags in ([], ["--fresh", "1"], ["--fresh", "4"]):
             subprocess.run([sys.executable, "toy.py", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     study.run(names, seeds)
     for arm in CANDIDATES if "tuning" in args.only else ():

@@ -230,20 +230,18 @@ def over_seeds_short(values: np.ndarray, digits: int = 1) -> str:
 
 
 def tables(runs: dict) -> dict[str, str]:
-    found = {"tuning": tuning_table(runs)}
-    if RATES:
-        sft, own, grpo, lora = map(chosen, ("sft", "own", "grpo", "lora"))
-        found |= {
-            "S1": accuracy_table(runs, STUDIES["S1"]),
-            "S1 differences": difference_table(runs, [
-                (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
-                (lora, grpo), ("blank", "base")]),
-            "S2": accuracy_table(runs, STUDIES["S2"]),
-            "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
-            "S3": distance_table(runs, list(dict.fromkeys(STUDIES["S3"]))),
-            "S4": signature_table(runs, list(dict.fromkeys(STUDIES["S4"]))),
-            "S4 attention": attention_table(runs, STUDIES["S1"])}
-    return found
+    sft, own, grpo, lora = map(chosen, ("sft", "own", "grpo", "lora"))
+    return {
+        "tuning": tuning_table(runs),
+        "S1": accuracy_table(runs, STUDIES["S1"]),
+        "S1 differences": difference_table(runs, [
+            (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
+            (lora, grpo), ("blank", "base")]),
+        "S2": accuracy_table(runs, STUDIES["S2"]),
+        "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
+        "S3": distance_table(runs, STUDIES["S3"]),
+        "S4": signature_table(runs, STUDIES["S4"]),
+        "S4 attention": attention_table(runs, STUDIES["S1"])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,9 +249,7 @@ def tables(runs: dict) -> dict[str, str]:
 
 def drawn_numbers(runs: dict) -> dict[str, dict]:
     """picture -> all numbers in it; its digest is made of these."""
-    if not RATES:
-        return {}
-    s3 = [name for name in dict.fromkeys(STUDIES["S3"]) if name != "base" and len(distance_of(runs, name))]
+    s3 = [name for name in STUDIES["S3"] if name != "base" and len(distance_of(runs, name))]
     return {
         "study_s1": {name: {video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
                             for video in ("full", "random")} for name in STUDIES["S1"]},
