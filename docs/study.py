@@ -70,8 +70,6 @@ class Run:
     share: float = 1.0  # of the budget
     after: str = ""  # goes on with the model of this run
     train_file: str = ""  # in out/study/data, written by the command of that name in `file_command`
-    levels: bool = False  # evaluated on LEVELS too, beside FRESH
-    look: bool = False  # attention.py is run as well
 
 
 def name_at(arm: str, rate: float) -> str:
@@ -84,18 +82,16 @@ def arms() -> list[Run]:
             "lora": dict(script=GRPO, flags="--lora_rank 16", real_flags="--learning_rate 5e-6"),
             **{teacher: dict(script=SFT, train_file=teacher)
                for teacher in ("reversed", "skips", "hallucinates", "terse", "wrong")}}
-    for arm in ("sft", "own", "grpo", "lora"):
-        what[arm] |= dict(levels=True, look=True)
-    runs = [Run("base", "", levels=True, look=True)]
+    runs = [Run("base", "")]
     runs += [Run(name_at(arm, rate), rate=rate, **what[arm]) for arm, rates in CANDIDATES.items() for rate in rates]
     sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
     return runs + [
-        Run("blank", flags="--video blank", levels=True, look=True, **grpo),
+        Run("blank", flags="--video blank", **grpo),
         # Cold start: SFT on 64 records, three times each; then GRPO.
         Run("few", flags="--max_questions 64", share=1 / 11, **sft),
-        Run("few_grpo", after="few", share=10 / 11, levels=True, **grpo),
+        Run("few_grpo", after="few", share=10 / 11, **grpo),
         Run("half", share=1 / 2, **sft),  # on all records, with half of the budget
-        Run("half_grpo", after="half", share=1 / 2, levels=True, **grpo),
+        Run("half_grpo", after="half", share=1 / 2, **grpo),
         Run("kl_0.02", flags="--kl_coef 0.02", **grpo),
         Run("kl_0.1", flags="--kl_coef 0.1", **grpo),
     ]
@@ -193,13 +189,14 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
     if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
         found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
     if any(run.name in names for study, names in STUDIES.items() if study != "tuning"):
-        files = [*LEVELS, *FRESH] if run.levels and setting.toy else FRESH if setting.toy else LEVELS
+        compared = run.name in STUDIES["S1"]
+        files = [*(LEVELS if compared or not setting.toy else ()), *(FRESH if setting.toy else ())]
         for video in ("full", "random"):
             found[video] = [*evaluate, "--video", video, "--eval_files", *files, "--output_dir", f"{folder}/{video}"]
         if run.script:
             found["distance"] = ["docs/distance.py", "--model", setting.model, "--trained", model, "--output_file",
                                  f"{folder}/distance.json"]
-        if run.look:
+        if compared:
             found["attention"] = ["attention.py", "--model", model, "--output_dir", f"{folder}/attention"]
     return {part: command + setting.world() for part, command in found.items()}
 
