@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -340,6 +341,7 @@ class Study:
     def run(self, names: list[str], seeds: tuple[int, ...]) -> None:
         """All runs of these names; the first failure ends it, when what is running then has been stopped."""
         jobs = [(RUNS[name], seed) for name in dict.fromkeys(names) for seed in seeds_of(name, seeds)]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the commands would go on by themselves
         left = [command[0] for job in jobs for command in self.missing(*job).values()]
         self.bar = tqdm(total=sum(COST.get(script, 10) for script in left), unit="s", dynamic_ncols=True,
                         desc=f"{len(jobs)} runs, {len(left)} parts left")
