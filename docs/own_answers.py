@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 docs/own_answers.py --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --output_file FILE
 
 Each question of the training file is answered `group_size` times, with the options, the temperature and the reward of
-grpo_video.py, whose flags these are; of the right answers the first that ended is kept. A question without one is left
-out, and so is one whose video cannot be read.
+grpo_video.py, whose flags these are; of the right answers the first that ended is kept, without special tokens in its
+text, which no training file may have. A question without one is left out, and so is one whose video cannot be read.
 """
 import json
 import sys
@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo_video  # noqa: E402
 import runtime  # noqa: E402
-from data import Example, make_loader, step_batch, user_text  # noqa: E402
+from data import FORBIDDEN, Example, make_loader, step_batch, user_text  # noqa: E402
 from model import end_token_ids, vision_token_ids  # noqa: E402
 from run import write_whole  # noqa: E402
 from runtime import arg  # noqa: E402
@@ -59,7 +59,8 @@ def main(args: Args) -> None:
         for i, example in enumerate(examples):
             group = slice(i * args.group_size, (i + 1) * args.group_size)
             right = [text for text, ended in zip(texts[group], rollout.ended[group])
-                     if ended and grpo_video.accuracy_reward(text, example)]
+                     if ended and grpo_video.accuracy_reward(text, example)
+                     and not FORBIDDEN.search(text)]
             num_right += len(right)
             if right:
                 found.append(sft_record(example, right[0], args.data_root))

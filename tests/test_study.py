@@ -1,4 +1,5 @@
 """The study: its driver, the files it makes, what it measures, and that docs/study.md shows what was measured."""
+import itertools
 import json
 import math
 import random
@@ -198,6 +199,18 @@ def test_own_answers_are_right_ended_and_asked_as_grpo_asks(tmp_path, world):
     sft_video.main(sft_video.Args(**dict(sft_video.TOY) | dict(
         model=str(toy.BASE), data_root=str(world), num_workers=0, train_file=str(tmp_path / "own.jsonl"), max_steps=1,
         prompts_per_step=8, output_dir=str(tmp_path / "sft"))))
+
+
+def test_own_answers_that_no_training_file_may_have_are_left_out(tmp_path, world, monkeypatch):
+    """A base may write a special token, its name, into an answer that is right all the same."""
+    texts = itertools.cycle(["<think>I see <|im_start|>.</think><answer>B</answer>", "<think>.</think><answer>B</answer>"])
+    monkeypatch.setattr(own_answers, "completion_text", lambda *_: next(texts))
+    monkeypatch.setattr(grpo_video, "accuracy_reward", lambda text, example: 1.0)
+    flags = dict(grpo_video.TOY) | dict(model=str(toy.BASE), data_root=str(world), num_workers=0, max_questions=8,
+                                        output_file=str(tmp_path / "own.jsonl"))
+    own_answers.main(own_answers.Args(**flags))
+    assert {question.response for question in load_questions(tmp_path / "own.jsonl", world)} == {
+        "<think>.</think><answer>B</answer>"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
