@@ -77,12 +77,16 @@ def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarra
         np.zeros(0))
 
 
-def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000) -> tuple[float, float, float, bool]:
-    """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart).
+def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000):
+    """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
+    None where one of them has not been measured.
 
     The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
     95% bootstrap interval over questions, drawn within each file.
     """
+    ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
+    if not (len(ours) and len(theirs)):
+        return None
     rng, means = np.random.default_rng(0), []
     for file in files:
         pair = [right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)]
@@ -90,7 +94,6 @@ def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000
         drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), draws) @ values / len(values)
         means.append((values.mean(), drawn))
     low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
-    ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
     apart = ours.min() > theirs.max() or theirs.min() > ours.max()
     return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
 
@@ -141,9 +144,12 @@ def difference_table(runs: dict, pairs: list[tuple[str, str]]) -> str:
     for a, b in pairs:
         cells = []
         for files in (*([file] for file in FRESH_FILES), FRESH_FILES):
-            mean, low, high, apart = difference(runs, a, b, files)
-            text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-            cells.append(f"**{text}**" if apart and (low > 0 or high < 0) else text)
+            if found := difference(runs, a, b, list(files)):
+                mean, low, high, apart = found
+                text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+                cells.append(f"**{text}**" if apart and (low > 0 or high < 0) else text)
+            else:
+                cells.append("")
         rows.append([f"{label(a)} − {label(b)}", *cells])
     return table(["difference in points, 95% interval; bold: claimed", *(f.replace("fresh4_", "fresh ") for f in
                                                                          FRESH_FILES), "all three"], rows)

@@ -203,7 +203,7 @@ def test_own_answers_are_right_ended_and_asked_as_grpo_asks(tmp_path, world):
 
 def test_own_answers_that_no_training_file_may_have_are_left_out(tmp_path, world, monkeypatch):
     """A base may write a special token, its name, into an answer that is right all the same."""
-    texts = itertools.cycle(["<think>I see <|im_start|>.</think><answer>B</answer>", "<think>.</think><answer>B</answer>"])
+    texts = itertools.cycle([f"<think>{said}.</think><answer>B</answer>" for said in ("<|im_start|>", "")])
     monkeypatch.setattr(own_answers, "completion_text", lambda *_: next(texts))
     monkeypatch.setattr(grpo_video, "accuracy_reward", lambda text, example: 1.0)
     flags = dict(grpo_video.TOY) | dict(model=str(toy.BASE), data_root=str(world), num_workers=0, max_questions=8,
@@ -230,7 +230,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "numbers_of", lambda part, folder: {"n": 1})
     run = study.RUNS["few_grpo"]
     of_model = ["few_seed0 train", "few_grpo_seed0 train"]
-    measured = [f"few_grpo_seed0 {part}" for part in ("full", "random", "distance")]
+    measured = [f"few_grpo_seed0 {part}" for part in ("full", "random", "distance", "attention")]
     driver.do(run, 0)
     assert calls == of_model + measured
     calls.clear()
@@ -247,7 +247,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     file.write_text(json.dumps(summary))
     driver.do(run, 0)
     assert calls == of_model + measured  # numbers of another model do not count
-    assert json.loads(file.read_text()).keys() == {"train", "full", "random", "distance"}
+    assert json.loads(file.read_text()).keys() == {"train", "full", "random", "distance", "attention"}
 
 
 def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
@@ -271,8 +271,7 @@ def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
 
 def test_a_failure_ends_the_study_and_says_where(tmp_path):
     setting = replace(study.Setting(), out=f"{tmp_path}/out", summaries=str(tmp_path), model="no_such_model")
-    with pytest.raises(RuntimeError, match=r"base full ended with 1: evaluate.py --model no_such_model(.|\n)*"
-                                           r"no folder of a model"):
+    with pytest.raises(RuntimeError, match=r"base full ended with 1: evaluate.py (.|\n)*no_such_model needs --data_root"):
         study.Study(setting, 1).run(["base"], (0,))
 
 
@@ -289,7 +288,7 @@ def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "out/summaries/few_grpo_seed0.json").read_text())
-    assert summary.keys() == {"train", "full", "random", "distance"}
+    assert summary.keys() == {"train", "full", "random", "distance", "attention"}
     assert len(summary["full"]["fresh4_L1"]["right"]) > 80
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "0 parts left" in again.stderr
