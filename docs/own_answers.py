@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo_video  # noqa: E402
 import runtime  # noqa: E402
-from data import FORBIDDEN, Example, make_loader, step_batch, user_text  # noqa: E402
+from data import FORBIDDEN, Example, epoch_order, make_loader, user_text  # noqa: E402
 from model import end_token_ids, vision_token_ids  # noqa: E402
 from run import write_whole  # noqa: E402
 from runtime import arg  # noqa: E402
@@ -47,11 +47,11 @@ def main(args: Args) -> None:
     dataset, _ = runtime.load_training_set(args, tokenizer, for_sft=False)
     sampler = runtime.load_sampler(args, device)
     end_ids, banned_ids = end_token_ids(sampler, tokenizer, device), vision_token_ids(sampler, device)
-    num_steps = len(dataset) // args.prompts_per_step  # one pass, in the order of GRPO's first epoch
-    loader = make_loader(dataset, [step_batch(step, args.prompts_per_step, len(dataset), args.seed, rank, world_size)
-                                   for step in range(num_steps)], args.num_workers)
+    order = epoch_order(len(dataset), args.seed, epoch=0)  # once through all questions, as GRPO's first epoch does
+    steps = [order[i:i + args.prompts_per_step].tolist() for i in range(0, len(order), args.prompts_per_step)]
+    loader = make_loader(dataset, [[(0, i) for i in step[rank::world_size]] for step in steps], args.num_workers)
     found, num_right = [], 0
-    for step, examples in enumerate(tqdm(loader, total=num_steps, disable=rank != 0)):
+    for step, examples in enumerate(tqdm(loader, total=len(steps), disable=rank != 0)):
         examples = [example for example in examples if not example.error]
         rollout = grpo_video.sample_groups(sampler, examples, step, args, end_ids, banned_ids)
         rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
@@ -70,9 +70,9 @@ def main(args: Args) -> None:
         records = [record for of_rank, _ in gathered for record in of_rank]
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.output_file), "".join(json.dumps(record) + "\n" for record in records))
-        asked = num_steps * args.prompts_per_step
-        print(f"{args.output_file}: {len(records)} of {asked} questions have a right answer among {args.group_size}; "
-              f"{sum(n for _, n in gathered) / asked / args.group_size:.1%} of all are right")
+        answers = len(dataset) * args.group_size
+        print(f"{args.output_file}: {len(records)} of {len(dataset)} questions have a right answer among "
+              f"{args.group_size}; {sum(n for _, n in gathered) / answers:.1%} of all are right")
 
 
 if __name__ == "__main__":

@@ -271,7 +271,8 @@ def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
 
 def test_a_failure_ends_the_study_and_says_where(tmp_path):
     setting = replace(study.Setting(), out=f"{tmp_path}/out", summaries=str(tmp_path), model="no_such_model")
-    with pytest.raises(RuntimeError, match=r"base full ended with 1: evaluate.py (.|\n)*no_such_model needs --data_root"):
+    message = r"base full ended with 1: evaluate.py (.|\n)*no_such_model needs --data_root"
+    with pytest.raises(RuntimeError, match=message):
         study.Study(setting, 1).run(["base"], (0,))
 
 
