@@ -26,6 +26,7 @@ import json
 import os
 import shlex
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from run import write_whole  # noqa: E402
-from toy import CLAIMS, check_claims  # noqa: E402
+from toy import CLAIMS, NEXT, check_claims  # noqa: E402
 
 SEEDS = (0, 1, 2)
 LEVELS = tuple(f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3"))
@@ -205,10 +206,20 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
 # ----------------------------------------------------------------------------------------------------------------------
 # What is kept of a part: small enough to be committed, enough to compute anything from.
 
+def agrees(record: dict) -> bool | None:
+    """Whether an answer follows from its reasoning: the option it concludes with, and in the toy world the step that it
+    names as the next one, are what is answered. None where it concludes nothing, or nothing is answered."""
+    if record["concluded"] is None or record["parsed"] is None:
+        return None
+    said = NEXT.search(record["response"].split("</think>")[0])
+    answered = record["options"][string.ascii_uppercase.index(record["parsed"])]
+    return record["concluded"] == record["parsed"] and (said is None or said.group(1).strip() == answered)
+
+
 def summarise_answers(samples: Path) -> dict:
     """file -> of its questions with a video, in the order of their ids, a character each: right (1, 0, or . where no
-    answer was found) and agrees (whether the reasoning concluded what was answered: 1, 0, or . where it concluded
-    nothing); and, in the toy world, kind of claim -> [how many hold, how many there are]."""
+    answer was found) and agrees (1, 0, or . for None); and, in the toy world, kind of claim -> [how many hold, how many
+    there are]."""
     of_file = defaultdict(list)
     for record in map(json.loads, samples.read_text().splitlines()):
         if record["video"]:
@@ -218,12 +229,11 @@ def summarise_answers(samples: Path) -> dict:
         records.sort(key=lambda record: record["sample_id"])
         claims = {kind: [0, 0] for kind in CLAIMS}
         for r in records:
-            checked = check_claims(r["response"], r["goal"], tuple(r["progress"]), tuple(r["options"]))
-            for kind, _, holds in checked:
+            for kind, _, holds in check_claims(r["response"], r["goal"], tuple(r["progress"]), tuple(r["options"])):
                 claims[kind] = [claims[kind][0] + holds, claims[kind][1] + 1]
         summary[file] = {
             "right": "".join("." if r["parsed"] is None else f"{r['correct']:d}" for r in records),
-            "agrees": "".join("." if r["concluded"] is None else f"{r['concluded'] == r['parsed']:d}" for r in records),
+            "agrees": "".join("." if (found := agrees(r)) is None else f"{found:d}" for r in records),
             "claims": claims}
     return summary
 

@@ -1,10 +1,10 @@
 """Tables and pictures of the study (docs/study.py), from its summaries.
 
-    python docs/study_report.py                             # rewrites the tables in docs/study.md, and its pictures
-    python docs/study_report.py out/study_quick/summaries   # prints tables; the pictures go beside that folder
+    python docs/study_report.py                             # rewrites tables in docs/study.md and README.md, draws
+    python docs/study_report.py out/study_quick/summaries   # prints tables; pictures go beside that folder
 
-A table stands in docs/study.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest of the
-numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
+A table stands in docs/study.md or README.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest
+of the numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
 """
 import hashlib
 import json
@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from docs.study import CANDIDATES, FRESH, LEVELS, RATES, STUDIES, TEACHERS, chosen, name_at  # noqa: E402
 
+PAGES = (HERE / "study.md", HERE.parent / "README.md")
 LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
 LABELS = {
     "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
@@ -121,7 +122,7 @@ def tuning_table(runs: dict) -> str:
         for rate in rates:
             found = accuracies({name: seeds[:1] for name, seeds in runs.items()}, name_at(arm, rate), "tuning",
                                ["fresh1_L1"])
-            text = f"{rate:g}: {found[0]:.1f}" if len(found) else f"{rate:g}:"
+            text = f"{rate:.0e}".replace("e-0", "e-") + (f": {found[0]:.1f}" if len(found) else ":")
             cells.append(f"**{text}**" if RATES.get(arm) == rate else text)
         rows.append([LABELS[arm], *cells])
     return table(["right of 320 tuning questions with a video, %", "", "", ""], rows)
@@ -137,6 +138,18 @@ def accuracy_table(runs: dict, names: list[str], videos: tuple[str, ...] = ("ful
             rows.append([label(name) + (", other videos" if video == "random" else ""), *cells])
     heads = [file.replace("fresh4_", "fresh ").replace("validation_", "") for file in files]
     return table(["greedy accuracy, %: mean (seeds)", *heads], rows)
+
+
+def readme_table(runs: dict) -> str:
+    """The README's: an arm a line, fresh questions alone."""
+    rows = []
+    for name in STUDIES["S1"]:
+        cells = [over_seeds_short(accuracies(runs, name, "full", [file])) for file in FRESH_FILES]
+        others = [f"{accuracies(runs, name, 'random', [file]).mean():.0f}" for file in FRESH_FILES
+                  if len(accuracies(runs, name, "random", [file]))]
+        rows.append([f"**{label(name)}**" if name == chosen("grpo") else label(name), *cells, ", ".join(others)])
+    return table(["greedy accuracy in %, 3 seeds: mean (lowest to highest)", "same kitchens, same tasks (L1)",
+                  "new kitchens (L2)", "new kitchens, new tasks (L3)", "with other videos"], rows)
 
 
 def difference_table(runs: dict, pairs: list[tuple[str, str]]) -> str:
@@ -167,7 +180,7 @@ def distance_table(runs: dict, names: list[str]) -> str:
 
 
 def incoherent(runs: dict, name: str) -> np.ndarray:
-    """Of the right answers whose reasoning concludes with an option, the percentage where it is another one."""
+    """Of the right answers whose reasoning concludes with an option, the percentage that does not follow from it."""
     found = []
     for summary in seeds_with(runs, name, "full"):
         pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
@@ -238,6 +251,7 @@ def over_seeds_short(values: np.ndarray, digits: int = 1) -> str:
 def tables(runs: dict) -> dict[str, str]:
     sft, own, grpo, lora = map(chosen, ("sft", "own", "grpo", "lora"))
     return {
+        "README": readme_table(runs),
         "tuning": tuning_table(runs),
         "S1": accuracy_table(runs, STUDIES["S1"]),
         "S1 differences": difference_table(runs, [
@@ -336,7 +350,7 @@ DRAW = {"study_s1": draw_s1, "study_s2": draw_s2, "study_s3": draw_s3}
 
 def stale(runs: dict) -> list[str]:
     """What in docs/ is not what these summaries give."""
-    text, found = (HERE / "study.md").read_text(), []
+    text, found = "".join(page.read_text() for page in PAGES), []
     for name, content in tables(runs).items():
         if f"<!-- table {name} -->\n{content}\n<!-- end -->" not in text:
             found.append(f"table {name}")
@@ -349,13 +363,11 @@ def stale(runs: dict) -> list[str]:
 
 def main(folder: Path) -> None:
     runs, here = load(folder), folder.resolve() == (HERE / "study").resolve()
-    text = (HERE / "study.md").read_text()
     for name, content in tables(runs).items():
         print(f"\n{name}\n{content}")
         place = re.compile(rf"(?<=<!-- table {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        text = place.sub(lambda _, content=content: content + "\n", text)
-    if here:
-        (HERE / "study.md").write_text(text)
+        for page in PAGES if here else ():
+            page.write_text(place.sub(lambda _, content=content: content + "\n", page.read_text()))
     for name, numbers in drawn_numbers(runs).items():
         figure = DRAW[name](numbers)
         for axes in figure.axes:
