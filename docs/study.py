@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,6 +239,16 @@ def summarise_answers(samples: Path) -> dict:
     return summary
 
 
+def summarise_training(folder: Path) -> dict:
+    """Seconds of all steps, and for GRPO the share of sampled answers that were right, 24 means one after another."""
+    summary = {"seconds": round(json.loads((folder / "report.json").read_text())["seconds"]["step_s"])}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if "accuracy" in metrics[0]:
+        parts = np.array_split([line["accuracy"] for line in metrics], min(24, len(metrics)))
+        summary["curve"] = [round(float(part.mean()), 4) for part in parts]
+    return summary
+
+
 def summarise_attention(file: Path) -> dict:
     """All of attention.json but the questions' own, the heads and the layers."""
     table = json.loads(file.read_text())["models"][0]
@@ -252,7 +263,7 @@ def summarise_attention(file: Path) -> dict:
 def numbers_of(part: str, folder: Path) -> dict:
     """The numbers of a part that has just run."""
     if part == "train":
-        return {"seconds": round(json.loads((folder / "report.json").read_text())["seconds"]["step_s"])}
+        return summarise_training(folder)
     if part == "attention":
         return summarise_attention(folder / "attention/attention.json")
     if part == "distance":

@@ -31,6 +31,7 @@ LABELS = {
     "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
     "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
     "wrong": "SFT, 35% wrong", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
+STEPS = 264  # of GRPO, in the toy world
 COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "own": "#b5563c", "grpo": "#2b6cb0", "lora": "#6b9bd1",
            "few_grpo": "#4a9a8c", "half_grpo": "#86b553", "blank": "#222222", "kl_0.02": "#7f6bc4", "kl_0.1": "#b18bd8"}
 
@@ -271,8 +272,10 @@ def drawn_numbers(runs: dict) -> dict[str, dict]:
     """picture -> all numbers in it; its digest is made of these."""
     s3 = [name for name in STUDIES["S3"] if name != "base" and len(distance_of(runs, name))]
     return {
-        "study_s1": {name: {video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
-                            for video in ("full", "random")} for name in STUDIES["S1"]},
+        "study_s1": {name: {"curves": [numbers["curve"] for numbers in seeds_with(runs, name, "train")
+                                       if "curve" in numbers],
+                            **{video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
+                               for video in ("full", "random")}} for name in STUDIES["S1"]},
         "study_s2": {name: accuracies(runs, name, "full", FRESH_FILES).tolist() for name in STUDIES["S2"]},
         "study_s3": {name: {"distance": distance_of(runs, name).tolist(),
                             "L1": accuracies(runs, name, "full", FRESH_FILES[:1]).tolist(),
@@ -284,26 +287,33 @@ def digest(numbers: dict) -> str:
 
 
 def draw_s1(numbers: dict):
-    """Bars: accuracy on fresh questions by level, an arm each; in front of it, outlined, that with other videos."""
-    figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
+    """Left, learning: a line for each seed. Right, bars: accuracy on fresh questions by level, an arm each; hatched, in
+    front of it, that with other videos."""
+    figure, (left, axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(1, 3))
+    for name in (chosen("grpo"), "blank"):
+        for curve in numbers[name]["curves"]:
+            x = (np.arange(len(curve)) + 0.5) / len(curve) * STEPS
+            left.plot(x, 100 * np.array(curve), color=COLOURS[arm_of(name)], linewidth=1.2)
+    left.set(xlabel="step of GRPO", ylabel="% of sampled answers right", title="Learning", xlim=(0, None), ylim=(0, 118))
+
     x, width = np.arange(3), 0.86 / len(numbers)
-    for i, (name, of_video) in enumerate(numbers.items()):
+    for i, (name, of_run) in enumerate(numbers.items()):
         place = x + (i - len(numbers) / 2 + 0.5) * width
-        for video, of_level in of_video.items():
-            means = [np.mean(seeds) if seeds else np.nan for seeds in of_level]
+        for video in ("full", "random"):
+            means = [np.mean(seeds) if seeds else np.nan for seeds in of_run[video]]
             style = (dict(color=COLOURS[arm_of(name)], label=label(name)) if video == "full" else
                      dict(color="none", edgecolor="white", hatch="/////", linewidth=0))
             axes.bar(place, means, width * 0.92, **style)
-            if video == "full":
-                for spot, seeds, mean in zip(place, of_level, means):
-                    axes.plot([spot] * len(seeds), seeds, "o", color="black", markersize=2)
-                    axes.text(spot, max([*seeds, 0]) + 2, f"{mean:.0f}", ha="center", fontsize=7)
-    axes.axhline(25, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(x, ["fresh L1\nsame kitchens, same tasks", "fresh L2\nnew kitchens, same tasks",
-                        "fresh L3\nnew kitchens, new tasks"], fontsize=8)
+        for spot, seeds in zip(place, of_run["full"]):
+            axes.plot([spot] * len(seeds), seeds, "o", color="black", markersize=2)
+            if seeds:
+                axes.text(spot, max(seeds) + 2, f"{np.mean(seeds):.0f}", ha="center", fontsize=7)
+    axes.set_xticks(x, ["L1: same kitchens, same tasks", "L2: new kitchens", "L3: new kitchens, new tasks"], fontsize=8)
     axes.set(ylabel="greedy accuracy, %", ylim=(0, 118),
-             title="Equal numbers of questions; hatched: with the videos of other questions; dotted: chance")
+             title="Fresh questions; hatched: with the videos of other questions; dotted: chance")
     axes.legend(loc="upper center", ncols=4, frameon=False, fontsize=7.5)
+    for panel in (left, axes):
+        panel.axhline(25, color="black", linewidth=0.8, linestyle=":")
     return figure
 
 
@@ -339,7 +349,10 @@ def draw_s3(numbers: dict):
         if arm in ("sft", "grpo") and name != chosen(arm):
             axes.annotate(name.removeprefix(arm + "_"), (np.mean(of_run["distance"]), np.mean(of_run["L3"])),
                           fontsize=6, xytext=(4, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="KL(base || trained) on prompts of the training file, nats per completion",
+    axes.set_xscale("log")
+    axes.set_xticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
+    axes.minorticks_off()
+    axes.set(xlabel="KL(base || trained) on prompts of the training file, nats per completion",
              ylabel="accuracy on fresh L3, %", ylim=(0, 100), title="Hollow: right on at most 80% of fresh L1")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     return figure
