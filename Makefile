@@ -5,8 +5,7 @@
 # make lint      check the style (pyproject.toml)
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and
 #                blind, look at where both look, and put it all on a page
-# make results   the README's tables and picture: SFT, GRPO, GRPO by LoRA and GRPO on blank videos, three seeds
-#                each, and their controls
+# make results   SFT, GRPO, GRPO by LoRA and GRPO on blank videos under every --video, three seeds each: docs/results.md
 # make study     the study of docs/study.md: what is missing of its runs, then its tables and pictures; hours for all
 # make study-quick   the same with one seed, a quarter of the questions to learn from, 100 of each file, in out/study_quick
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
@@ -72,7 +71,7 @@ results: .venv/installed
 	for run in sft_seed0 grpo_seed0; do for video in text_only blank shuffled reversed single_frame; do \
 	$(evaluate) out/results/$$run/$$video --model out/results/$$run/final --video $$video --eval_files $(LEVELS) $(FRESH) || exit 1; done; done
 	$(evaluate) out/results/grpo_blank_seed0/blank --model out/results/grpo_blank_seed0/final --video blank --eval_files $(LEVELS) $(FRESH)
-	$(BIN)/python docs/results.py out/results docs/results.png | tee docs/results.md
+	$(BIN)/python docs/results.py out/results | tee docs/results.md
 
 study: .venv/installed
 	$(BIN)/python docs/study.py

@@ -1,7 +1,7 @@
 """The tables and the picture of a folder of runs on the toy world, as `make demo` and `make results` lay them out.
 
-    python docs/results.py out/demo                        # prints the tables, writes out/demo/results.png
-    python docs/results.py out/results docs/results.png    # the picture in the README
+    python docs/results.py out/demo                 # prints the tables, writes out/demo/results.png
+    python docs/results.py out/results FILE.png     # the picture elsewhere
 
 Any evaluation below the folder is a line of the table: out/results/grpo_seed0/random is "grpo", --video random. Runs
 whose names differ by their seed alone (grpo_seed0, grpo_seed1) share one. A run with a metrics.jsonl is a curve.

@@ -294,7 +294,8 @@ def draw_s1(numbers: dict):
         for curve in numbers[name]["curves"]:
             x = (np.arange(len(curve)) + 0.5) / len(curve) * STEPS
             left.plot(x, 100 * np.array(curve), color=COLOURS[arm_of(name)], linewidth=1.2)
-    left.set(xlabel="step of GRPO", ylabel="% of sampled answers right", title="Learning", xlim=(0, None), ylim=(0, 118))
+    left.set(xlabel="step of GRPO", ylabel="% of sampled answers right", title="Learning")
+    left.set(xlim=(0, None), ylim=(0, 118))
 
     x, width = np.arange(3), 0.86 / len(numbers)
     for i, (name, of_run) in enumerate(numbers.items()):
