@@ -129,12 +129,10 @@ def tuning_table(runs: dict) -> str:
     return table(["right of 320 tuning questions with a video, %", "", "", ""], rows)
 
 
-def accuracy_table(runs: dict, names: list[str], videos: tuple[str, ...] = ("full", "random")) -> str:
-    files = [file for file in (*FRESH_FILES, *LEVEL_FILES) if any(
-        seeds_with(runs, name, "full", file) for name in names)]
+def accuracy_table(runs: dict, names: list[str], files: list[str]) -> str:
     rows = []
     for name in names:
-        for video in videos:
+        for video in ("full", "random"):
             cells = [over_seeds(accuracies(runs, name, video, [file])) for file in files]
             rows.append([label(name) + (", other videos" if video == "random" else ""), *cells])
     heads = [file.replace("fresh4_", "fresh ").replace("validation_", "") for file in files]
@@ -178,6 +176,31 @@ def distance_table(runs: dict, names: list[str]) -> str:
              *(over_seeds(accuracies(runs, name, "full", [file])) for file in (FRESH_FILES[0], FRESH_FILES[2]))]
             for name in names if name != "base"]
     return table(["mean (seeds)", "forward KL, nats per completion", "fresh L1, %", "fresh L3, %"], rows)
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's: the correlation of ranks, equal values sharing the mean of theirs."""
+    ranks = [(v[:, None] > v).sum(axis=1) + (v[:, None] == v).sum(axis=1) / 2 for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlation_table(runs: dict, names: list[str]) -> str:
+    """Distance against accuracy on fresh L3, over single runs that are right on more than 80% of fresh L1."""
+    kinds = {"SFT on the flawless teacher, three rates": lambda arm: arm == "sft",
+             "SFT on any teacher": lambda arm: arm in ("sft", *TEACHERS),
+             "GRPO with all weights from the base: three rates, three KL weights": lambda arm: arm in (
+                 "grpo", "kl_0.02", "kl_0.1"),
+             "all": lambda arm: True}
+    rows = []
+    for kind, belongs in kinds.items():
+        of_kind = [name for name in names if belongs(arm_of(name)) and len(distance_of(runs, name))]
+        l1, l3, distance = (np.concatenate([values(name) for name in of_kind] or [np.zeros(0)]) for values in (
+            lambda name: accuracies(runs, name, "full", FRESH_FILES[:1]),
+            lambda name: accuracies(runs, name, "full", FRESH_FILES[2:]), lambda name: distance_of(runs, name)))
+        good = l1 > 80
+        value = f"{rank_correlation(distance[good], l3[good]):+.2f}" if good.sum() > 2 else ""
+        rows.append([kind, f"{good.sum()}", value])
+    return table(["runs right on more than 80% of fresh L1", "number", "rank correlation of distance and L3"], rows)
 
 
 def incoherent(runs: dict, name: str) -> np.ndarray:
@@ -254,13 +277,14 @@ def tables(runs: dict) -> dict[str, str]:
     return {
         "README": readme_table(runs),
         "tuning": tuning_table(runs),
-        "S1": accuracy_table(runs, STUDIES["S1"]),
+        "S1": accuracy_table(runs, STUDIES["S1"], FRESH_FILES + LEVEL_FILES),
         "S1 differences": difference_table(runs, [
             (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
             (lora, grpo), ("blank", "base")]),
-        "S2": accuracy_table(runs, STUDIES["S2"]),
+        "S2": accuracy_table(runs, STUDIES["S2"], FRESH_FILES),
         "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
         "S3": distance_table(runs, STUDIES["S3"]),
+        "S3 correlations": correlation_table(runs, STUDIES["S3"]),
         "S4": signature_table(runs, STUDIES["S4"]),
         "S4 attention": attention_table(runs, STUDIES["S1"])}
 
