@@ -13,7 +13,7 @@ from data import load_questions
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / page for page in ("README.md", "docs/variants.md", "docs/performance.md", "docs/scaling.md",
-                                  "docs/reliability.md", "assets/toy_base/README.md")]
+                                  "docs/reliability.md", "docs/study.md", "assets/toy_base/README.md")]
 
 
 def test_the_lines_to_read_in_ten_minutes_are_the_maths_and_the_loop():
@@ -56,7 +56,7 @@ def test_flags_that_are_named_exist():
     known = {field.name for args in scripts for field in dataclasses.fields(args)}
     others = {"attention", "device", "nproc_per_node", "nnodes", "node_rank", "master_addr", "standalone", "fresh",
               "rounds", "trl", "signal", "requeue", "open", "only", "again", "dry", "index",
-              "tokens"}
+              "tokens", "show", "quick", "print", "processes", "flags"}
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--(?:no_)?([a-z_]+)", page.read_text()):
             assert flag in known | others, f"{page.name}: --{flag}"
