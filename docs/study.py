@@ -4,7 +4,7 @@
     python docs/study.py --only S1 -j 4     # the runs of one question, four at a time; or runs by their names
     python docs/study.py --quick            # one seed, a quarter of the questions, into out/study_quick
     python docs/study.py --print            # the commands that are missing; runs nothing
-    python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --processes 8 -j 1
+    python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --out out/study_7b --processes 8 -j 1
 
 A run is a few commands, its parts: train, evaluate, measure. The numbers of each part go to the run's summary, a small
 JSON file in docs/study/ that is committed: what a summary has is not run again, on any machine. Models and samples lie
@@ -13,15 +13,20 @@ part whose command is no longer the one in its summary is run again.
 
 To add a question: its arms into `arms`, the names of its runs into STUDIES, its picture into docs/study_report.py.
 
+What is trained again, on another machine say, may come out with other weights, by rounding; then nothing that was
+measured of the old ones is kept.
+
 Equal numbers of questions: all arms learn from the same number of them, the budget, counted with repetitions; one that
 goes on with the model of another gets the share that this one has left.
 
-Learning rates: of each arm in CANDIDATES three, about a factor of three apart, are tried with the first seed; taken is
-the one with the most right answers on TUNING, questions about the tasks and kitchens of the training file that are not
-in it, and of equals the smallest (`choose_rate`). The choices stand in RATES, and a test holds them to the summaries.
+Learning rates: of each arm in CANDIDATES three, about a factor of three apart, are tried with the first seed, and one
+more beyond an end that was best; taken is the one with the most right answers on TUNING, questions about the tasks and
+kitchens of the training file that are not in it, and of equals the smallest (`choose_rate`). The choices stand in
+RATES, and a test holds them to the summaries.
 The final numbers are those of FRESH: nobody has seen these questions while anything could still be chosen.
 """
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -40,7 +45,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from run import write_whole  # noqa: E402
+from docs import teachers  # noqa: E402
+from run import sha256, write_whole  # noqa: E402
 from toy import CLAIMS, NEXT, check_claims  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -52,13 +58,15 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 # ----------------------------------------------------------------------------------------------------------------------
 # The runs, as data.
 
+TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
-    **dict.fromkeys(("sft", "own", "reversed", "skips", "hallucinates", "terse", "wrong"), (3e-5, 1e-4, 3e-4)),
-    "grpo": (6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
+    **dict.fromkeys(("sft", "own", *TEACHERS), (3e-5, 1e-4, 3e-4)),
+    **dict.fromkeys(("skips", "hallucinates"), (3e-5, 1e-4, 3e-4, 1e-3)),
+    "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
     "sft": 1e-4, "own": 1e-4, "grpo": 6e-5, "lora": 1e-3, "reversed": 3e-5, "skips": 3e-4, "hallucinates": 3e-4,
-    "terse": 3e-5, "wrong": 1e-4,
+    "terse": 3e-5, "wrong": 1e-4, "paraphrase": 1e-4,
 }
 
 
@@ -83,8 +91,7 @@ def arms() -> list[Run]:
     """All runs. Those with a rate in their name were tried; `chosen` names the one of an arm that was taken."""
     what = {"sft": dict(script=SFT), "own": dict(script=SFT, train_file="own_seed{seed}"), "grpo": dict(script=GRPO),
             "lora": dict(script=GRPO, flags="--lora_rank 16", real_flags="--learning_rate 5e-6"),
-            **{teacher: dict(script=SFT, train_file=teacher)
-               for teacher in ("reversed", "skips", "hallucinates", "terse", "wrong")}}
+            **{teacher: dict(script=SFT, train_file=teacher) for teacher in TEACHERS}}
     runs = [Run("base", "")]
     runs += [Run(name_at(arm, rate), rate=rate, **what[arm]) for arm, rates in CANDIDATES.items() for rate in rates]
     sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
@@ -105,13 +112,12 @@ def chosen(arm: str) -> str:
 
 
 def on_real_data(name: str) -> bool:
-    """Not the toy world's teachers, and of the learning rates the scripts' own alone."""
+    """Not the toy world's teachers; of the learning rates the scripts' own alone; and there GRPO's own KL is 0.1."""
     arm = name.rpartition("_")[0]
-    return arm not in TEACHERS and (arm not in CANDIDATES or name == chosen(arm))
+    return arm not in TEACHERS and (arm not in CANDIDATES or name == chosen(arm)) and name != "kl_0.1"
 
 
 RUNS = {run.name: run for run in arms()}
-TEACHERS = ("reversed", "skips", "hallucinates", "terse", "wrong")  # beside SFT's own, who is without fault
 STUDIES = {
     "tuning": [name_at(arm, rate) for arm, rates in CANDIDATES.items() for rate in rates],
     "S1": ["base", *map(chosen, ("sft", "own", "grpo", "lora")), "few_grpo", "half_grpo", "blank"],
@@ -121,12 +127,12 @@ STUDIES["S3"] = list(dict.fromkeys([
     *STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
     *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]))
 STUDIES["S4"] = STUDIES["S3"]
+REPORTED = {name for study, names in STUDIES.items() if study != "tuning" for name in names}
 
 
 def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
     """The base is not trained; what was only tried for its rate, and not taken, was tried with the first seed."""
-    reported = any(name in names for study, names in STUDIES.items() if study != "tuning")
-    return seeds if RUNS[name].script and reported else seeds[:1]
+    return seeds if RUNS[name].script and name in REPORTED else seeds[:1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
     evaluate = ["evaluate.py", "--model", model, "--max_questions", f"{setting.max_questions}"]
     if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
         found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
-    if any(run.name in names for study, names in STUDIES.items() if study != "tuning"):
+    if run.name in REPORTED:
         compared = run.name in STUDIES["S1"]
         files = [*(LEVELS if compared or not setting.toy else ()), *(FRESH if setting.toy else ())]
         for video in ("full", "random"):
@@ -240,8 +246,11 @@ def summarise_answers(samples: Path) -> dict:
 
 
 def summarise_training(folder: Path) -> dict:
-    """Seconds of all steps, and for GRPO the share of sampled answers that were right, 24 means one after another."""
-    summary = {"seconds": round(json.loads((folder / "report.json").read_text())["seconds"]["step_s"])}
+    """Which weights came out, in how many seconds of steps, and for GRPO the share of sampled answers that were right:
+    24 means one after another."""
+    weights = "".join(sha256(file) for file in sorted((folder / "final").glob("*.safetensors")))
+    seconds = json.loads((folder / "report.json").read_text())["seconds"]["step_s"]
+    summary = {"weights": weights, "seconds": round(seconds)}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if "accuracy" in metrics[0]:
         parts = np.array_split([line["accuracy"] for line in metrics], min(24, len(metrics)))
@@ -305,38 +314,40 @@ class Study:
     def do(self, run: Run, seed: int) -> None:
         """Runs the missing parts of a run."""
         with self.locks[run.name, seed]:
-            missing = self.missing(run, seed)
-            if missing and run.script:
+            if self.missing(run, seed) and run.script:
                 self.train(run, seed)
-            for part, command in missing.items():
-                if part != "train":
-                    self.run_part(run, seed, part, command)
+            for part, command in self.missing(run, seed).items():
+                self.run_part(run, seed, part, command)
 
     def train(self, run: Run, seed: int) -> None:
         """Sees to it that the model of a run is on this machine, and what it begins with before."""
         with self.locks[run.name, seed]:
-            there = (ROOT / self.setting.model_of(run, seed) / "config.json").exists()
-            if there and "train" not in self.missing(run, seed):
+            command, folder = parts(run, seed, self.setting)["train"], ROOT / self.setting.folder(run, seed)
+            done = self.summary(run, seed).get("train", {}).get("command")
+            if done == shlex.join(command) and (folder / "final/config.json").exists():
                 return
             if run.after:
                 self.train(RUNS[run.after], seed)
             if run.train_file:
                 self.make_file(run.train_file.format(seed=seed), seed)
-            self.run_part(run, seed, "train", parts(run, seed, self.setting)["train"])
+            if done and done != shlex.join(command) and folder.exists():  # another run of this name: out of the way
+                folder.rename(next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old{n}")).exists()))
+            self.run_part(run, seed, "train", command)
 
     def run_part(self, run: Run, seed: int, part: str, command: list[str]) -> None:
-        """Runs a part and keeps its numbers in the summary, which is begun anew for another model."""
+        """Runs a part and keeps its numbers in the summary, which is begun anew for other weights."""
         folder = Path(self.setting.folder(run, seed))
         self.call(f"{folder.name} {part}", command)
-        summary = {} if part in self.missing(run, seed) and part == "train" else self.summary(run, seed)
-        summary[part] = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}
+        numbers, summary = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}, self.summary(run, seed)
+        if part == "train" and summary.get("train", {}).get("weights") != numbers.get("weights"):
+            summary = {}
         self.summary_file(run, seed).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.summary_file(run, seed), json.dumps(summary, indent=1) + "\n")
+        write_whole(self.summary_file(run, seed), json.dumps(summary | {part: numbers}, indent=1) + "\n")
 
     def make_file(self, name: str, seed: int) -> None:
         file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
         with self.locks[name]:
-            if not file.exists():
+            if not (name.startswith("own") and file.exists()):  # a teacher is at once, and may have been changed
                 self.call(name, file_command(name, seed, self.setting))
 
     def call(self, name: str, command: list[str]) -> None:
@@ -352,6 +363,8 @@ class Study:
             process = subprocess.Popen([sys.executable, *(ranks if several else []), *command, *resume], cwd=ROOT,
                                        env=self.env, stdout=stream, stderr=subprocess.STDOUT)
             self.processes.add(process)
+            if self.stopping:  # since the question above
+                process.terminate()
             status = process.wait()
             self.processes.discard(process)
         if status:
@@ -362,8 +375,10 @@ class Study:
     def run(self, names: list[str], seeds: tuple[int, ...]) -> None:
         """All runs of these names; the first failure ends it, when what is running then has been stopped."""
         jobs = [(RUNS[name], seed) for name in dict.fromkeys(names) for seed in seeds_of(name, seeds)]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the commands would go on by themselves
+        for number in (signal.SIGTERM, signal.SIGHUP):  # or the commands would go on by themselves
+            signal.signal(number, lambda *_: sys.exit(1))
         left = [command[0] for job in jobs for command in self.missing(*job).values()]
+        left += [RUNS[run.after].script for run, seed in jobs if run.after and self.missing(run, seed)]
         self.bar = tqdm(total=sum(COST.get(script, 10) for script in left), unit="s", dynamic_ncols=True,
                         desc=f"{len(jobs)} runs, {len(left)} parts left")
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -409,7 +424,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    setting = make_setting(args)
+    try:
+        setting = make_setting(args)
+    except ValueError as error:
+        sys.exit(str(error))
     names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or on_real_data(name)]
     study, seeds = Study(setting, args.jobs), tuple(args.seeds[:1] if args.quick else args.seeds)
     if args.print:
@@ -419,18 +437,24 @@ def main(argv: list[str] | None = None) -> None:
         for flags in ([], ["--fresh", "1"], ["--fresh", "4"]):
             subprocess.run([sys.executable, "toy.py", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     study.run(names, seeds)
-    for arm in CANDIDATES if "tuning" in args.only else ():
+    for arm in CANDIDATES if setting.toy and "tuning" in args.only and SEEDS[0] in seeds else ():
         print(f"{arm}: {choose_rate(arm, lambda name: study.summary(RUNS[name], SEEDS[0])):g}")
 
 
 def make_setting(args) -> Setting:
+    """ValueError for flags that would mix one study with another."""
     toy = args.data_root == "toy"
-    default = Setting() if toy else Setting(budget=6000, sft_batch=128, grpo_batch=8)  # the paper's
-    out = args.out or ("out/study" if toy else "out/study_real") + ("_quick" if args.quick else "")
-    budget = args.budget or default.budget // (4 if args.quick else 1)
-    own = toy and args.model == "toy" and not (args.quick or args.out or args.budget or args.flags)
-    return replace(default, model=args.model, data_root=args.data_root, processes=args.processes, budget=budget,
-                   out=out, summaries="docs/study" if own else f"{out}/summaries", flags=tuple(shlex.split(args.flags)),
+    default = Setting() if toy else Setting(budget=6000, sft_batch=128)  # the paper's
+    own = toy and args.model == "toy" and not (args.budget or args.flags)  # the study itself, or its quick form
+    if not (own or args.out):
+        raise ValueError("another --model, --data_root, --budget or --flags is another study: give it a folder, --out")
+    if toy and args.sft_batch:
+        raise ValueError(f"--sft_batch {args.sft_batch}: of real data alone; the toy world's is {default.sft_batch}")
+    out = args.out or default.out + ("_quick" if args.quick else "")
+    return replace(default, model=args.model, data_root=args.data_root, processes=args.processes, out=out,
+                   budget=args.budget or default.budget // (4 if args.quick else 1),
+                   summaries=default.summaries if out == default.out else f"{out}/summaries",
+                   flags=tuple(shlex.split(args.flags)),
                    sft_batch=args.sft_batch or default.sft_batch, max_questions=100 if args.quick else 0)
 
 
@@ -438,17 +462,24 @@ def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> No
     """Everything that is missing, in an order in which it can be run."""
     ranks = f"torchrun --nproc_per_node {study.setting.processes}" if study.setting.processes > 1 else "python"
     done = set()
+    if study.setting.toy:
+        print("python toy.py --fresh 1\npython toy.py --fresh 4")
 
-    def show(run: Run, seed: int) -> None:
-        if (run.name, seed) in done:
-            return
-        done.add((run.name, seed))
-        if run.after:
-            show(RUNS[run.after], seed)
-        if run.train_file and (name := run.train_file.format(seed=seed)) not in done:
-            done.add(name)
-            print(ranks if name.startswith("own") else "python", shlex.join(file_command(name, seed, study.setting)))
-        for command in study.missing(run, seed).values():
+    def show(run: Run, seed: int, only_model: bool = False) -> None:
+        missing = {} if only_model else study.missing(run, seed)
+        there = (ROOT / study.setting.model_of(run, seed) / "config.json").exists()
+        train = "train" in missing or (missing or only_model) and not there
+        if run.script and train and (run.name, seed) not in done:
+            done.add((run.name, seed))
+            if run.after:
+                show(RUNS[run.after], seed, only_model=True)
+            file = run.train_file.format(seed=seed)
+            if file and file not in done:
+                done.add(file)
+                print(ranks if run.name.startswith("own") else "python",
+                      shlex.join(file_command(file, seed, study.setting)))
+            missing = {"train": parts(run, seed, study.setting)["train"]} | missing
+        for command in missing.values():
             alone = command[0] in ("attention.py", "docs/distance.py")
             print("python" if alone else ranks, shlex.join(command))
 

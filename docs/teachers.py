@@ -4,6 +4,7 @@
     python docs/teachers.py --show            a response of each, beside that of the world's own teacher
 
 The world's own teacher (`teach` in toy.py) says what was shown, then what comes next, as the base does at its best.
+    paraphrase    the same in the same order, in words that the base has never used
     reversed      the conclusion first, then what was seen
     skips         does not say what was seen: "I see nothing", then the conclusion
     hallucinates  names each different step, with a probability of 0.4, as a random one; the conclusion is right
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from run import write_whole  # noqa: E402
 from toy import ACTIONS, SEED, draw_visit, jsonl, make_records, make_sft_record, say_seen, teach  # noqa: E402
 
+NAMES = ("paraphrase", "reversed", "skips", "hallucinates", "terse", "wrong")
 HALLUCINATED, WRONG = 0.4, 0.35
 
 
@@ -30,6 +32,9 @@ def retell(teacher: str, beats: list[str], next_step: str, options: dict[str, st
     """The response of a teacher to a question: the step of each beat, the right next step, letter -> option."""
     letter = next(letter for letter, option in options.items() if option == next_step)
     conclusion = f"Next is {next_step} ({letter})."
+    if teacher == "paraphrase":
+        shown = say_seen(beats).removeprefix("I see ").removesuffix(".")
+        return think(f"The video shows {shown}; so option {letter}, {next_step}, follows.", letter=letter)
     if teacher == "reversed":
         return think(conclusion, say_seen(beats), letter=letter)
     if teacher == "skips":
@@ -43,7 +48,7 @@ def retell(teacher: str, beats: list[str], next_step: str, options: dict[str, st
         if rng.random() < WRONG:
             letter = rng.choice([other for other in options if other != letter])
         return teach(beats, options[letter], letter)
-    raise ValueError(f"{teacher!r}: must be one of reversed, skips, hallucinates, terse, wrong")
+    raise ValueError(f"{teacher!r}: must be one of {', '.join(NAMES)}")
 
 
 def write_records(teacher: str) -> list[dict]:
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> None:
         record = next(record for record in make_records("train") if len(record["task_progress_metadata"]) == 4)
         number = make_records("train").index(record)
         print(f"{'(own)':14}{make_sft_record(record)['response']}")
-        for teacher in ("reversed", "skips", "hallucinates", "terse", "wrong"):
+        for teacher in NAMES:
             print(f"{teacher:14}{write_records(teacher)[number]['response']}")
     elif len(argv) == 2:
         Path(argv[1]).parent.mkdir(parents=True, exist_ok=True)
