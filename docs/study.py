@@ -2,9 +2,10 @@
 
     python docs/study.py                    # the toy world: runs what is missing, two at a time, and draws
     python docs/study.py --only S1 -j 4     # the runs of one question, four at a time; or runs by their names
+    python docs/study.py --only tuning      # of the rates: before they are chosen, no more than this
     python docs/study.py --quick            # one seed, a quarter of the questions, into out/study_quick
     python docs/study.py --print            # the commands that are missing; runs nothing
-    python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --out out/study_7b --processes 8 -j 1
+    python docs/study.py --only S1 --model Qwen/Qwen2-VL-7B-Instruct --data_root DIR --out out/7b --processes 8 -j 1
 
 A run is a few commands, its parts: train, evaluate, measure. The numbers of each part go to the run's summary, a small
 JSON file in docs/study/ that is committed: what a summary has is not run again, on any machine. Models and samples lie
@@ -289,8 +290,8 @@ COST = {SFT: 60, GRPO: 210, "evaluate.py": 40, "attention.py": 60, "docs/distanc
 class Study:
     """Runs what is missing, several runs at a time; all that it knows is in files."""
 
-    def __init__(self, setting: Setting, jobs: int):
-        self.setting, self.jobs = setting, jobs
+    def __init__(self, setting: Setting, jobs: int, only_tuning: bool = False):
+        self.setting, self.jobs, self.only_tuning = setting, jobs, only_tuning
         self.locks = defaultdict(threading.RLock)  # what several runs need is made once; the others wait for it
         self.processes, self.stopping = set(), False
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -306,6 +307,8 @@ class Study:
     def missing(self, run: Run, seed: int) -> dict[str, list[str]]:
         """The parts that the summary lacks, or has of another command: part -> command."""
         summary, wanted = self.summary(run, seed), parts(run, seed, self.setting)
+        if self.only_tuning:
+            wanted = {part: command for part, command in wanted.items() if part in ("train", "tuning")}
         if run.script and summary.get("train", {}).get("command") != shlex.join(wanted["train"]):
             return wanted  # what was measured of another model does not hold for this one
         return {part: command for part, command in wanted.items()
@@ -429,7 +432,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or on_real_data(name)]
-    study, seeds = Study(setting, args.jobs), tuple(args.seeds[:1] if args.quick else args.seeds)
+    only_tuning = args.only == ["tuning"]  # before a rate is chosen nothing else is looked at
+    study = Study(setting, args.jobs, only_tuning)
+    seeds = tuple(args.seeds[:1] if args.quick or only_tuning else args.seeds)
     if args.print:
         print_commands(study, names, seeds)
         return
