@@ -6,6 +6,7 @@
 A table stands in docs/study.md or README.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest
 of the numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
 """
+import functools
 import hashlib
 import json
 import re
@@ -23,6 +24,7 @@ from PIL import Image  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from docs.study import CANDIDATES, FRESH, LEVELS, RATES, STUDIES, TEACHERS, chosen, name_at  # noqa: E402
+from toy import make_records  # noqa: E402
 
 PAGES = (HERE / "study.md", HERE.parent / "README.md")
 LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
@@ -30,7 +32,7 @@ LABELS = {
     "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
     "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
     "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
-    "wrong": "SFT, 35% wrong", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
+    "wrong": "SFT, 35% wrong", "paraphrase": "SFT, paraphrase", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
 STEPS = 264  # of GRPO, in the toy world
 COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "own": "#b5563c", "grpo": "#2b6cb0", "lora": "#6b9bd1",
            "few_grpo": "#4a9a8c", "half_grpo": "#86b553", "blank": "#222222", "kl_0.02": "#7f6bc4", "kl_0.1": "#b18bd8"}
@@ -49,11 +51,13 @@ def label(name: str) -> str:
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
-    """name -> the summaries of its seeds, in order."""
+    """name -> the summaries of its seeds, in order; of one that is not complete what it was tuned with alone."""
     found = defaultdict(dict)
     for file in sorted(folder.glob("*.json")):
-        name, _, seed = file.stem.partition("_seed")
-        found[name][int(seed or 0)] = json.loads(file.read_text())
+        (name, _, seed), summary = file.stem.partition("_seed"), json.loads(file.read_text())
+        if not {"full", "random"} <= summary.keys() or "train" in summary and "distance" not in summary:
+            summary = {part: summary[part] for part in ("train", "tuning") if part in summary}  # not through yet
+        found[name][int(seed or 0)] = summary
     return {name: [of_name[seed] for seed in sorted(of_name)] for name, of_name in found.items()}
 
 
@@ -79,12 +83,21 @@ def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarra
         np.zeros(0))
 
 
+@functools.cache
+def tasks_of(file: str) -> np.ndarray:
+    """Which task each question of a file of the toy world is about, in the order of the summaries: ints from 0."""
+    seed, level = re.fullmatch(r"(?:fresh(\d+)|validation)_(L\d)", file).groups()
+    records = [record for record in make_records(level, int(seed or 0)) if record["task_progress_metadata"]]
+    goals = [record["task_goal"] for record in sorted(records, key=lambda record: str(record["sample_id"]))]
+    return np.unique(goals, return_inverse=True)[1]
+
+
 def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000):
     """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
     None where one of them has not been measured.
 
     The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
-    95% bootstrap interval over questions, drawn within each file.
+    95% bootstrap interval over tasks, drawn within each file: what is asked about one task is right or wrong together.
     """
     ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
     if not (len(ours) and len(theirs)):
@@ -92,9 +105,10 @@ def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000
     rng, means = np.random.default_rng(0), []
     for file in files:
         pair = [right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)]
-        values = 100 * (pair[0] - pair[1])
-        drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), draws) @ values / len(values)
-        means.append((values.mean(), drawn))
+        values, tasks = 100 * (pair[0] - pair[1]), tasks_of(file)
+        sums, counts = np.bincount(tasks, values), np.bincount(tasks)
+        times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)  # (draws, tasks)
+        means.append((values.mean(), (times @ sums) / (times @ counts)))
     low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
     apart = ours.min() > theirs.max() or theirs.min() > ours.max()
     return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
@@ -126,7 +140,8 @@ def tuning_table(runs: dict) -> str:
             text = f"{rate:.0e}".replace("e-0", "e-") + (f": {found[0]:.1f}" if len(found) else ":")
             cells.append(f"**{text}**" if RATES.get(arm) == rate else text)
         rows.append([LABELS[arm], *cells])
-    return table(["right of 320 tuning questions with a video, %", "", "", ""], rows)
+    rows = [row + [""] * (5 - len(row)) for row in rows]
+    return table(["right of 320 tuning questions with a video, %", "", "", "", ""], rows)
 
 
 def accuracy_table(runs: dict, names: list[str], files: list[str]) -> str:
@@ -245,7 +260,7 @@ def signature_table(runs: dict, names: list[str]) -> str:
             full[0] - full[2], full.mean(0) - other.mean(0), incoherent(runs, name), claims(runs, name, "step"),
             claims(runs, name, "count")))])
     return table(["mean over seeds", "drop from fresh L1 to L3, points", "gain from its own videos, points",
-                  "right answers that the reasoning contradicts, %", "steps said to be seen that were, %",
+                  "right answers that the reasoning contradicts, %", "steps said that stand in their place, %",
                   "number of steps right, %"], rows)
 
 
@@ -281,7 +296,7 @@ def tables(runs: dict) -> dict[str, str]:
         "S1 differences": difference_table(runs, [
             (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
             (lora, grpo), ("blank", "base")]),
-        "S2": accuracy_table(runs, STUDIES["S2"], FRESH_FILES),
+        "S2": accuracy_table(runs, [chosen(teacher) for teacher in TEACHERS], FRESH_FILES),
         "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
         "S3": distance_table(runs, STUDIES["S3"]),
         "S3 correlations": correlation_table(runs, STUDIES["S3"]),
@@ -363,7 +378,7 @@ def draw_s3(numbers: dict):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     markers = {"sft": "o", "grpo": "o", "own": "s", "lora": "D", "few_grpo": "^", "half_grpo": "v", "blank": "X",
                "kl_0.02": "P", "kl_0.1": "P", "reversed": "<", "skips": ">", "hallucinates": "h", "terse": "p",
-               "wrong": "*"}
+               "wrong": "*", "paraphrase": "d"}
     for name, of_run in numbers.items():
         arm, labelled = arm_of(name), False
         colour = COLOURS.get(arm, "#c9a227")
