@@ -34,7 +34,7 @@ def retell(teacher: str, beats: list[str], next_step: str, options: dict[str, st
     conclusion = f"Next is {next_step} ({letter})."
     if teacher == "paraphrase":
         shown = say_seen(beats).removeprefix("I see ").removesuffix(".")
-        return think(f"The video shows {shown}; so option {letter}, {next_step}, follows.", letter=letter)
+        return think(f"The video shows {shown}; so {next_step} follows, option {letter}.", letter=letter)
     if teacher == "reversed":
         return think(conclusion, say_seen(beats), letter=letter)
     if teacher == "skips":
