@@ -229,11 +229,12 @@ def incoherent(runs: dict, name: str) -> np.ndarray:
 
 
 def claims(runs: dict, name: str, kind: str) -> np.ndarray:
-    """The percentage of claims of a kind that hold, on the fresh questions; empty where none is made."""
+    """The percentage of claims of a kind that hold, on the fresh questions; empty where less than one question in ten has
+    any."""
     found = []
     for summary in seeds_with(runs, name, "full"):
         held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
-        if made:
+        if made > sum(len(summary[file]["right"]) for file in FRESH_FILES) / 10:
             found.append(100 * held / made)
     return np.array(found)
 

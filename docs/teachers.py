@@ -4,7 +4,7 @@
     python docs/teachers.py --show            a response of each, beside that of the world's own teacher
 
 The world's own teacher (`teach` in toy.py) says what was shown, then what comes next, as the base does at its best.
-    paraphrase    the same in the same order, in words that the base has never used
+    paraphrase    the same in the same order, in other words, which the base knows from its prompts alone
     reversed      the conclusion first, then what was seen
     skips         does not say what was seen: "I see nothing", then the conclusion
     hallucinates  names each different step, with a probability of 0.4, as a random one; the conclusion is right
@@ -34,7 +34,7 @@ def retell(teacher: str, beats: list[str], next_step: str, options: dict[str, st
     conclusion = f"Next is {next_step} ({letter})."
     if teacher == "paraphrase":
         shown = say_seen(beats).removeprefix("I see ").removesuffix(".")
-        return think(f"The video shows {shown}; so {next_step} follows, option {letter}.", letter=letter)
+        return think(f"Which steps are shown: {shown}; the next action is {next_step}, letter {letter}.", letter=letter)
     if teacher == "reversed":
         return think(conclusion, say_seen(beats), letter=letter)
     if teacher == "skips":
