@@ -229,8 +229,7 @@ def incoherent(runs: dict, name: str) -> np.ndarray:
 
 
 def claims(runs: dict, name: str, kind: str) -> np.ndarray:
-    """The percentage of claims of a kind that hold, on the fresh questions; empty where less than one question in ten has
-    any."""
+    """The percentage of claims of a kind that hold, on the fresh questions; empty where not one question in ten has any."""
     found = []
     for summary in seeds_with(runs, name, "full"):
         held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
