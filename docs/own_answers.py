@@ -67,7 +67,8 @@ def main(args: Args) -> None:
     gathered = [None] * world_size
     dist.all_gather_object(gathered, (found, num_right))
     if rank == 0:
-        records = [record for of_rank, _ in gathered for record in of_rank]
+        place = {dataset.questions[i].id: n for n, i in enumerate(order)}  # the same file whatever the number of ranks
+        records = sorted((record for of_rank, _ in gathered for record in of_rank), key=lambda r: place[r["sample_id"]])
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.output_file), "".join(json.dumps(record) + "\n" for record in records))
         answers = len(dataset) * args.group_size

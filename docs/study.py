@@ -62,7 +62,7 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
     **dict.fromkeys(("sft", "own", *TEACHERS), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("skips", "hallucinates"), (3e-5, 1e-4, 3e-4, 1e-3)),
+    **dict.fromkeys(("paraphrase", "skips", "hallucinates"), (3e-5, 1e-4, 3e-4, 1e-3)),
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
@@ -170,7 +170,8 @@ class Setting:
     def train_file(self, name: str) -> str:
         """A file of the study, as the scripts' --train_file wants it: seen from the data root."""
         data_root = "out/toy" if self.toy else self.data_root
-        return os.path.relpath(ROOT / self.out / "data" / f"{name}.jsonl", ROOT / data_root)
+        return os.path.relpath(os.path.realpath(ROOT / self.out / "data" / f"{name}.jsonl"),
+                               os.path.realpath(ROOT / data_root))
 
 
 def file_command(name: str, seed: int, setting: Setting) -> list[str]:
@@ -226,8 +227,8 @@ def agrees(record: dict) -> bool | None:
 
 def summarise_answers(samples: Path) -> dict:
     """file -> of its questions with a video, in the order of their ids, a character each: right (1, 0, or . where no
-    answer was found) and agrees (1, 0, or . for None); and, in the toy world, kind of claim -> [how many hold, how many
-    there are]."""
+    answer was found), agrees (1, 0, or . for None) and tasks (a for the first of `goals`); and, in the toy world, kind
+    of claim -> [how many hold, how many there are]."""
     of_file = defaultdict(list)
     for record in map(json.loads, samples.read_text().splitlines()):
         if record["video"]:
@@ -239,7 +240,9 @@ def summarise_answers(samples: Path) -> dict:
         for r in records:
             for kind, _, holds in check_claims(r["response"], r["goal"], tuple(r["progress"]), tuple(r["options"])):
                 claims[kind] = [claims[kind][0] + holds, claims[kind][1] + 1]
+        goals = sorted({r["goal"] for r in records})
         summary[file] = {
+            "goals": goals, "tasks": "".join(chr(ord("a") + goals.index(r["goal"])) for r in records),
             "right": "".join("." if r["parsed"] is None else f"{r['correct']:d}" for r in records),
             "agrees": "".join("." if (found := agrees(r)) is None else f"{found:d}" for r in records),
             "claims": claims}
@@ -292,10 +295,15 @@ class Study:
 
     def __init__(self, setting: Setting, jobs: int, only_tuning: bool = False):
         self.setting, self.jobs, self.only_tuning = setting, jobs, only_tuning
-        self.locks = defaultdict(threading.RLock)  # what several runs need is made once; the others wait for it
+        self.locks, self.guard = defaultdict(threading.RLock), threading.Lock()
         self.processes, self.stopping = set(), False
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.env = {"OMP_NUM_THREADS": f"{threads}", "GOMP_SPINCOUNT": "1000", **os.environ}
+
+    def lock(self, *thing) -> threading.RLock:
+        """What several runs need is made once; the others wait for it."""
+        with self.guard:
+            return self.locks[thing]
 
     def summary_file(self, run: Run, seed: int) -> Path:
         return ROOT / self.setting.summaries / f"{Path(self.setting.folder(run, seed)).name}.json"
@@ -316,7 +324,7 @@ class Study:
 
     def do(self, run: Run, seed: int) -> None:
         """Runs the missing parts of a run."""
-        with self.locks[run.name, seed]:
+        with self.lock(run.name, seed):
             if self.missing(run, seed) and run.script:
                 self.train(run, seed)
             for part, command in self.missing(run, seed).items():
@@ -324,7 +332,7 @@ class Study:
 
     def train(self, run: Run, seed: int) -> None:
         """Sees to it that the model of a run is on this machine, and what it begins with before."""
-        with self.locks[run.name, seed]:
+        with self.lock(run.name, seed):
             command, folder = parts(run, seed, self.setting)["train"], ROOT / self.setting.folder(run, seed)
             done = self.summary(run, seed).get("train", {}).get("command")
             if done == shlex.join(command) and (folder / "final/config.json").exists():
@@ -349,7 +357,7 @@ class Study:
 
     def make_file(self, name: str, seed: int) -> None:
         file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
-        with self.locks[name]:
+        with self.lock(name):
             if not (name.startswith("own") and file.exists()):  # a teacher is at once, and may have been changed
                 self.call(name, file_command(name, seed, self.setting))
 
@@ -385,8 +393,8 @@ class Study:
         self.bar = tqdm(total=sum(COST.get(script, 10) for script in left), unit="s", dynamic_ncols=True,
                         desc=f"{len(jobs)} runs, {len(left)} parts left")
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.do, *job) for job in jobs]
             try:
+                futures = [pool.submit(self.do, *job) for job in jobs]
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
@@ -458,7 +466,7 @@ def make_setting(args) -> Setting:
     out = args.out or default.out + ("_quick" if args.quick else "")
     return replace(default, model=args.model, data_root=args.data_root, processes=args.processes, out=out,
                    budget=args.budget or default.budget // (4 if args.quick else 1),
-                   summaries=default.summaries if out == default.out else f"{out}/summaries",
+                   summaries=default.summaries if own and not (args.quick or args.out) else f"{out}/summaries",
                    flags=tuple(shlex.split(args.flags)),
                    sft_batch=args.sft_batch or default.sft_batch, max_questions=100 if args.quick else 0)
 

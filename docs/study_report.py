@@ -6,7 +6,6 @@
 A table stands in docs/study.md or README.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest
 of the numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
 """
-import functools
 import hashlib
 import json
 import re
@@ -24,7 +23,6 @@ from PIL import Image  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from docs.study import CANDIDATES, FRESH, LEVELS, RATES, STUDIES, TEACHERS, chosen, name_at  # noqa: E402
-from toy import make_records  # noqa: E402
 
 PAGES = (HERE / "study.md", HERE.parent / "README.md")
 LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
@@ -83,32 +81,26 @@ def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarra
         np.zeros(0))
 
 
-@functools.cache
-def tasks_of(file: str) -> np.ndarray:
-    """Which task each question of a file of the toy world is about, in the order of the summaries: ints from 0."""
-    seed, level = re.fullmatch(r"(?:fresh(\d+)|validation)_(L\d)", file).groups()
-    records = [record for record in make_records(level, int(seed or 0)) if record["task_progress_metadata"]]
-    goals = [record["task_goal"] for record in sorted(records, key=lambda record: str(record["sample_id"]))]
-    return np.unique(goals, return_inverse=True)[1]
-
-
 def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000):
     """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
     None where one of them has not been measured.
 
     The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
-    95% bootstrap interval over tasks, drawn within each file: what is asked about one task is right or wrong together.
+    95% bootstrap interval over tasks: what is asked about one task is right or wrong together, in all files.
     """
     ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
     if not (len(ours) and len(theirs)):
         return None
-    rng, means = np.random.default_rng(0), []
+    rng, means, drawn_of = np.random.default_rng(0), [], {}
     for file in files:
-        pair = [right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)]
-        values, tasks = 100 * (pair[0] - pair[1]), tasks_of(file)
-        sums, counts = np.bincount(tasks, values), np.bincount(tasks)
-        times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)  # (draws, tasks)
-        means.append((values.mean(), (times @ sums) / (times @ counts)))
+        asked = seeds_with(runs, a, "full", file)[0]
+        tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
+        # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
+        drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
+        times = drawn_of.setdefault(tuple(asked["goals"]), drawn)
+        values = 100 * np.subtract(*(right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)))
+        sums, counts = np.bincount(tasks, values, num_tasks), np.bincount(tasks, minlength=num_tasks)
+        means.append((values.mean(), (times @ sums) / np.maximum(times @ counts, 1)))
     low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
     apart = ours.min() > theirs.max() or theirs.min() > ours.max()
     return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
@@ -224,12 +216,13 @@ def incoherent(runs: dict, name: str) -> np.ndarray:
     for summary in seeds_with(runs, name, "full"):
         pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
         concluded = [agrees for is_right, agrees in pairs if is_right == "1" and agrees != "."]
-        found.append(100 * concluded.count("0") / max(1, len(concluded)))
+        if concluded:
+            found.append(100 * concluded.count("0") / len(concluded))
     return np.array(found)
 
 
 def claims(runs: dict, name: str, kind: str) -> np.ndarray:
-    """The percentage of claims of a kind that hold, on the fresh questions; empty where not one question in ten has any."""
+    """The percentage of claims of a kind that hold, on fresh questions; empty where not one in ten has any."""
     found = []
     for summary in seeds_with(runs, name, "full"):
         held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)

@@ -85,70 +85,33 @@ def test_every_arm_learns_from_the_budget(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics.
 
-def made_up(seed: int) -> dict:
-    rng = random.Random(seed)
-    return {name: [{"full": {file: {"right": "".join(rng.choice("10.") for _ in study_report.tasks_of(file))}
-                             for file in study_report.FRESH_FILES}} for _ in range(3)] for name in "ab"}
+def made_up(seed: int, questions: int = 60) -> dict:
+    """Two models equally good on the whole, three seeds each; on each of 12 tasks, which the files share, one is better,
+    by chance."""
+    rng, tasks = random.Random(seed), "".join(chr(97 + i % 12) for i in range(questions))
+    level = {name: {task: rng.uniform(0.2, 0.8) for task in set(tasks)} for name in "ab"}
+    return {name: [{"full": {file: {
+        "goals": sorted(set(tasks)), "tasks": tasks,
+        "right": "".join("1" if rng.random() < level[name][task] else rng.choice("0.") for task in tasks)}
+        for file in study_report.FRESH_FILES}} for _ in range(3)] for name in "ab"}
 
 
-def test_a_difference_is_that_of_the_means_and_its_interval_covers_as_often_as_it_says():
-    runs = made_up(0)
-    mean, low, high, apart = study_report.difference(runs, "a", "b", study_report.FRESH_FILES)
-    by_hand = [sum(seed["full"][file]["right"].count("1") for seed in runs[name]) / 3
-               / len(study_report.tasks_of(file)) * 100 for name in "ab" for file in study_report.FRESH_FILES]
-    assert mean == pytest.approx(sum(by_hand[:3]) / 3 - sum(by_hand[3:]) / 3)
-    ours, theirs = ([sum(seed["full"][file]["right"].count("1") / len(study_report.tasks_of(file))
-                         for file in study_report.FRESH_FILES) for seed in runs[name]] for name in "ab")
-    assert apart == (min(ours) > max(theirs) or min(theirs) > max(ours))
-    # Both models are equally good by construction: the interval holds 0 in about 95 of 100 draws, less for few tasks.
+def test_a_difference_is_that_of_the_means():
+    runs, files = made_up(0), study_report.FRESH_FILES
+    mean, low, high, apart = study_report.difference(runs, "a", "b", files)
+    counts = {name: [sum(seed["full"][file]["right"].count("1") for file in files) for seed in runs[name]]
+              for name in "ab"}
+    assert mean == pytest.approx(100 * (sum(counts["a"]) - sum(counts["b"])) / 3 / 180)
+    assert low < mean < high
+    assert apart == (min(counts["a"]) > max(counts["b"]) or min(counts["b"]) > max(counts["a"]))
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    """About 95 in 100, somewhat less for 12 tasks. An interval over questions would cover in some 70."""
     covered = sum(low <= 0 <= high for low, high in (
         study_report.difference(made_up(seed), "a", "b", study_report.FRESH_FILES, draws=400)[1:3]
         for seed in range(200)))
-    assert 172 <= covered <= 197
-
-
-def test_tasks_are_those_of_the_questions_in_the_order_of_the_summaries(world):
-    toy.build_fresh(4, world)
-    for file in study_report.FRESH_FILES:
-        questions = [question for question in load_questions(f"annotations/{file}.jsonl", world) if question.video]
-        goals = [question.goal for question in sorted(questions, key=lambda question: question.id)]
-        tasks = study_report.tasks_of(file)
-        assert len(tasks) == len(goals) == len(SUMMARIES["base"][0]["full"][file]["right"])
-        assert len(set(zip(goals, tasks))) == len(set(goals)) == len(set(tasks))
-
-
-def test_rank_correlation_is_that_of_ranks():
-    x, y = np.array([0.1, 5.0, 2.0, 2.0, 9.0]), np.array([3.0, 1.0, 2.0, 4.0, 0.0])
-    ranks = [[1, 4, 2.5, 2.5, 5], [4, 2, 3, 5, 1]]
-    assert study_report.rank_correlation(x, y) == pytest.approx(np.corrcoef(ranks)[0, 1])
-    assert study_report.rank_correlation(x, x ** 3) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("parsed, concluded, response, holds", [
-    ("A", "A", "<think>Next is cut pot (A).</think><answer>A</answer>", True),
-    ("A", "A", "<think>Next is take cup (A).</think><answer>A</answer>", False),  # the letter of another step
-    ("A", "B", "<think>Next is take cup (B).</think><answer>A</answer>", False),
-    ("A", "A", "<think>The answer is (A).</think><answer>A</answer>", True),  # names no step
-    ("A", None, "<think></think><answer>A</answer>", None),
-    (None, "A", "<think>Next is cut pot (A).</think>", None),
-])
-def test_an_answer_agrees_if_letter_and_step_are_those_of_the_reasoning(parsed, concluded, response, holds):
-    record = dict(parsed=parsed, concluded=concluded, response=response, options=["cut pot", "take cup"])
-    assert study.agrees(record) is holds
-
-
-def test_a_summary_has_what_the_samples_say(tmp_path):
-    def record(sample_id, parsed, correct, concluded, video="v.mp4"):
-        return dict(file="annotations/x.jsonl", sample_id=sample_id, video=video, parsed=parsed, correct=correct,
-                    concluded=concluded, options=["cut pot", "take cup"], goal="make tea", progress=["take cup"],
-                    response="<think>I see take cup still. Next is cut pot (A).</think>")
-
-    lines = [record("2", "A", True, "A"), record("10", "B", False, "A"), record("3", None, False, "A"),
-             record("4", "A", True, "A", video="")]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = study.summarise_answers(tmp_path / "samples.jsonl")["x"]
-    assert (summary["right"], summary["agrees"]) == ("01.", "01.")  # by id, as text: 10, 2, 3; 4 has no video
-    assert summary["claims"]["step"] == [3, 3] and summary["claims"]["count"] == [3, 3]
+    assert 170 <= covered <= 196
 
 
 def test_forward_kl_is_the_mean_over_completions_and_its_error_that_of_questions():
