@@ -86,7 +86,7 @@ def test_every_arm_learns_from_the_budget(run):
 # Statistics.
 
 def made_up(seed: int, questions: int = 60) -> dict:
-    """Two models equally good on the whole, three seeds each; on each of 12 tasks, which the files share, one is better,
+    """Two models equally good on the whole, three seeds each; on each of 12 tasks, shared by the files, one is better,
     by chance."""
     rng, tasks = random.Random(seed), "".join(chr(97 + i % 12) for i in range(questions))
     level = {name: {task: rng.uniform(0.2, 0.8) for task in set(tasks)} for name in "ab"}
