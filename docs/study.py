@@ -20,10 +20,10 @@ measured of the old ones is kept.
 Equal numbers of questions: all arms learn from the same number of them, the budget, counted with repetitions; one that
 goes on with the model of another gets the share that this one has left.
 
-Learning rates: of each arm in CANDIDATES three, about a factor of three apart, are tried with the first seed, and one
-more beyond an end that was best; taken is the one with the most right answers on TUNING, questions about the tasks and
-kitchens of the training file that are not in it, and of equals the smallest (`choose_rate`). The choices stand in
-RATES, and a test holds them to the summaries.
+Learning rates: of each arm in CANDIDATES three or more, about a factor of three apart, are tried with the first seed;
+taken is the one with the most right answers on TUNING, questions about the tasks and kitchens of the training file that
+are not in it, and of equals the smallest (`choose_rate`). The choices stand in RATES, and a test holds them to the
+summaries.
 The final numbers are those of FRESH: nobody has seen these questions while anything could still be chosen.
 """
 import argparse
@@ -61,8 +61,8 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 
 TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
-    **dict.fromkeys(("sft", "own", *TEACHERS), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("paraphrase", "skips", "hallucinates"), (3e-5, 1e-4, 3e-4, 1e-3)),
+    **dict.fromkeys(("sft", "own", "wrong"), (3e-5, 1e-4, 3e-4)),
+    **dict.fromkeys(("paraphrase", "reversed", "skips", "hallucinates", "terse"), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose

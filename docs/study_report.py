@@ -132,8 +132,9 @@ def tuning_table(runs: dict) -> str:
             text = f"{rate:.0e}".replace("e-0", "e-") + (f": {found[0]:.1f}" if len(found) else ":")
             cells.append(f"**{text}**" if RATES.get(arm) == rate else text)
         rows.append([LABELS[arm], *cells])
-    rows = [row + [""] * (5 - len(row)) for row in rows]
-    return table(["right of 320 tuning questions with a video, %", "", "", "", ""], rows)
+    columns = max(map(len, rows))
+    rows = [row + [""] * (columns - len(row)) for row in rows]
+    return table(["right of 320 tuning questions with a video, %"] + [""] * (columns - 1), rows)
 
 
 def accuracy_table(runs: dict, names: list[str], files: list[str]) -> str:
