@@ -66,8 +66,8 @@ CANDIDATES = {  # arm -> learning rates to choose from
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
-    "sft": 1e-4, "own": 1e-4, "grpo": 6e-5, "lora": 1e-3, "reversed": 3e-5, "skips": 3e-4, "hallucinates": 1e-3,
-    "terse": 3e-5, "wrong": 1e-4, "paraphrase": 1e-4,
+    "sft": 1e-4, "own": 1e-4, "grpo": 6e-5, "lora": 1e-3, "paraphrase": 3e-3, "reversed": 3e-5, "skips": 3e-4,
+    "hallucinates": 1e-3, "terse": 1e-3, "wrong": 1e-4,
 }
 
 
