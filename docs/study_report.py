@@ -414,7 +414,7 @@ def main(folder: Path) -> None:
         print(f"\n{name}\n{content}")
         place = re.compile(rf"(?<=<!-- table {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         for page in PAGES if here else ():
-            page.write_text(place.sub(lambda _, content=content: content + "\n", page.read_text()))
+            page.write_text(place.sub(lambda _, content=content: content + "\n", page.read_text(), count=1))
     for name, numbers in drawn_numbers(runs).items():
         figure = DRAW[name](numbers)
         for axes in figure.axes:
