@@ -309,7 +309,8 @@ def drawn_numbers(runs: dict) -> dict[str, dict]:
                                        if "curve" in numbers],
                             **{video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
                                for video in ("full", "random")}} for name in STUDIES["S1"]},
-        "study_s2": {name: accuracies(runs, name, "full", FRESH_FILES).tolist() for name in STUDIES["S2"]},
+        "study_s2": {name: {"all": accuracies(runs, name, "full", FRESH_FILES).tolist(),
+                            "L3": accuracies(runs, name, "full", FRESH_FILES[2:]).tolist()} for name in STUDIES["S2"]},
         "study_s3": {name: {"distance": distance_of(runs, name).tolist(),
                             "L1": accuracies(runs, name, "full", FRESH_FILES[:1]).tolist(),
                             "L3": accuracies(runs, name, "full", FRESH_FILES[2:]).tolist()} for name in s3}}
@@ -352,18 +353,19 @@ def draw_s1(numbers: dict):
 
 
 def draw_s2(numbers: dict):
-    """Dots: mean accuracy over the fresh levels, a line for each teacher, a dot for each seed."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    numbers = {name: seeds for name, seeds in numbers.items() if seeds}
-    order = sorted(numbers, key=lambda name: np.mean(numbers[name]))
+    """Dots: mean accuracy over the fresh levels, a line for each teacher, a dot for each seed; hollow: L3 by itself."""
+    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    numbers = {name: of_run for name, of_run in numbers.items() if of_run["all"]}
+    order = sorted(numbers, key=lambda name: np.mean(numbers[name]["all"]))
     for y, name in enumerate(order):
-        colour = COLOURS.get(arm_of(name), COLOURS["sft"])
-        axes.hlines(y, 0, np.mean(numbers[name]), color=colour, linewidth=1, alpha=0.5)
-        axes.plot(numbers[name], [y] * len(numbers[name]), "o", color=colour, markersize=5)
-        axes.text(max(numbers[name]) + 2, y, f"{np.mean(numbers[name]):.0f}", va="center", fontsize=8)
+        colour, seeds, new = COLOURS.get(arm_of(name), COLOURS["sft"]), numbers[name]["all"], numbers[name]["L3"]
+        axes.hlines(y, 0, np.mean(seeds), color=colour, linewidth=1, alpha=0.5)
+        axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=5)
+        axes.plot(new, [y] * len(new), "D", color=colour, markersize=6, fillstyle="none")
+        axes.text(max(seeds) + 2, y, f"{np.mean(seeds):.0f}", va="center", fontsize=8)
     axes.axvline(25, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(order)), [label(name) for name in order], fontsize=8)
-    axes.set(xlabel="greedy accuracy, %, mean of fresh L1, L2 and L3", xlim=(0, 105))
+    axes.set(xlabel="greedy accuracy, %: dots, mean of fresh L1, L2 and L3; diamonds, L3 (new tasks)", xlim=(0, 105))
     return figure
 
 

@@ -59,7 +59,8 @@ def test_a_changed_summary_makes_tables_and_pictures_stale():
     changed = json.loads(json.dumps(SUMMARIES))
     answers = changed[name][0]["full"][study_report.FRESH_FILES[0]]
     answers["right"] = "0" * len(answers["right"])
-    assert {"table S1", "table S2 differences", "study_s1.png", "study_s2.png", "study_s3.png"} <= set(study_report.stale(changed))
+    pictures = {f"{name}.png" for name in study_report.DRAW}
+    assert pictures | {"table S1", "table S2 differences"} <= set(study_report.stale(changed))
 
 
 def test_all_runs_are_there_of_the_commands_of_today():
