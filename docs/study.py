@@ -333,23 +333,23 @@ class Study:
     def train(self, run: Run, seed: int) -> None:
         """Sees to it that the model of a run is on this machine, and what it begins with before."""
         with self.lock(run.name, seed):
-            command, folder = parts(run, seed, self.setting)["train"], ROOT / self.setting.folder(run, seed)
-            done = self.summary(run, seed).get("train", {}).get("command")
-            if done == shlex.join(command) and (folder / "final/config.json").exists():
+            there = (ROOT / self.setting.model_of(run, seed) / "config.json").exists()
+            if there and "train" not in self.missing(run, seed):
                 return
             if run.after:
                 self.train(RUNS[run.after], seed)
             if run.train_file:
                 self.make_file(run.train_file.format(seed=seed), seed)
-            if done and done != shlex.join(command) and folder.exists():  # another run of this name: out of the way
-                folder.rename(next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old{n}")).exists()))
-            self.run_part(run, seed, "train", command)
+            self.run_part(run, seed, "train", parts(run, seed, self.setting)["train"])
 
     def run_part(self, run: Run, seed: int, part: str, command: list[str]) -> None:
         """Runs a part and keeps its numbers in the summary, which is begun anew for other weights."""
-        folder = Path(self.setting.folder(run, seed))
+        folder, summary = Path(self.setting.folder(run, seed)), self.summary(run, seed)
+        place, before = ROOT / folder / ("" if part == "train" else part), summary.get(part, {}).get("command")
+        if before not in (None, shlex.join(command)) and place.exists():  # what another command left is out of the way
+            place.rename(next(path for n in itertools.count(1) if not (path := Path(f"{place}.old{n}")).exists()))
         self.call(f"{folder.name} {part}", command)
-        numbers, summary = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}, self.summary(run, seed)
+        numbers = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}
         if part == "train" and summary.get("train", {}).get("weights") != numbers.get("weights"):
             summary = {}
         self.summary_file(run, seed).parent.mkdir(parents=True, exist_ok=True)

@@ -255,6 +255,24 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     assert json.loads(file.read_text()).keys() == {"train", "full", "random", "distance", "attention"}
 
 
+def test_what_another_command_left_is_moved_aside(tmp_path, monkeypatch):
+    """--resume would refuse it."""
+    driver = study.Study(replace(study.Setting(), out=str(tmp_path / "out"), summaries=str(tmp_path)), 1)
+    monkeypatch.setattr(driver, "call", lambda name, command: None)
+    monkeypatch.setattr(study, "numbers_of", lambda part, folder: {})
+    run = study.RUNS["base"]
+    driver.do(run, 0)
+    (tmp_path / "out/base/full").mkdir(parents=True)
+    (tmp_path / "out/base/random").mkdir()
+    summary = json.loads(driver.summary_file(run, 0).read_text())
+    summary["full"]["command"] += " --max_questions 7"
+    driver.summary_file(run, 0).write_text(json.dumps(summary))
+    driver.do(run, 0)
+    assert {path.name for path in (tmp_path / "out/base").iterdir()} == {"full.old1", "random"}
+    driver.do(run, 0)  # the same command: nothing to move
+    assert not (tmp_path / "out/base/random.old1").exists()
+
+
 def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
     """Several at a time: `own` at three rates learns from one file."""
     setting, calls = replace(study.Setting(), out="out/study_test", summaries=str(tmp_path)), []
