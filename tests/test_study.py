@@ -311,10 +311,10 @@ def test_a_failure_ends_the_study_and_says_where(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
-    """The study in the form of a minute: one arm with what it begins with, trained, evaluated, measured, drawn."""
-    command = [sys.executable, "docs/study.py", "--quick", "--only", "few_grpo", "base", "--budget", "176", "--out",
+    """The study in the form of a minute: one arm, trained, evaluated, measured, drawn."""
+    command = [sys.executable, "docs/study.py", "--quick", "--only", "kl_0.02", "--budget", "176", "--out",
                str(tmp_path / "out")]
-    log, metrics = tmp_path / "out/logs/few_grpo_seed0_train.txt", tmp_path / "out/few_grpo_seed0/metrics.jsonl"
+    log, metrics = tmp_path / "out/logs/kl_0.02_seed0_train.txt", tmp_path / "out/kl_0.02_seed0/metrics.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     first.send_signal(signal.SIGTERM)
@@ -322,13 +322,13 @@ def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming after step" in log.read_text()
-    summary = json.loads((tmp_path / "out/summaries/few_grpo_seed0.json").read_text())
-    assert summary.keys() == {"train", "full", "random", "distance", "attention"}
+    summary = json.loads((tmp_path / "out/summaries/kl_0.02_seed0.json").read_text())
+    assert summary.keys() == {"train", "full", "random", "distance"}
     assert len(summary["full"]["fresh4_L1"]["right"]) > 80
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "0 parts left" in again.stderr
     study_report.main(tmp_path / "out/summaries")
-    assert Image.open(tmp_path / "out/study_s1.png").size[0] > 1000
+    assert Image.open(tmp_path / "out/study_s3.png").size[0] > 1000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
