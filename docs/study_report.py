@@ -155,7 +155,7 @@ def readme_table(runs: dict) -> str:
         others = [f"{accuracies(runs, name, 'random', [file]).mean():.0f}" for file in FRESH_FILES
                   if len(accuracies(runs, name, "random", [file]))]
         rows.append([f"**{label(name)}**" if name == chosen("grpo") else label(name), *cells, ", ".join(others)])
-    return table(["greedy accuracy in %, 3 seeds: mean (lowest to highest)", "same kitchens, same tasks (L1)",
+    return table(["greedy accuracy in %: mean over seeds (lowest to highest)", "same kitchens, same tasks (L1)",
                   "new kitchens (L2)", "new kitchens, new tasks (L3)", "with other videos"], rows)
 
 

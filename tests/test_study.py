@@ -312,8 +312,8 @@ def test_a_failure_ends_the_study_and_says_where(tmp_path):
 @pytest.mark.slow
 def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
     """The study in the form of a minute: one arm, trained, evaluated, measured, drawn."""
-    command = [sys.executable, "docs/study.py", "--quick", "--only", "kl_0.02", "--budget", "176", "--out",
-               str(tmp_path / "out")]
+    command = [sys.executable, "docs/study.py", "--quick", "--only", "kl_0.02", "--budget", "176", "--flags",
+               "--max_questions 24", "--out", str(tmp_path / "out")]
     log, metrics = tmp_path / "out/logs/kl_0.02_seed0_train.txt", tmp_path / "out/kl_0.02_seed0/metrics.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
@@ -324,7 +324,7 @@ def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
     assert "resuming after step" in log.read_text()
     summary = json.loads((tmp_path / "out/summaries/kl_0.02_seed0.json").read_text())
     assert summary.keys() == {"train", "full", "random", "distance"}
-    assert len(summary["full"]["fresh4_L1"]["right"]) > 80
+    assert 16 < len(summary["full"]["fresh4_L1"]["right"]) <= 24
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "0 parts left" in again.stderr
     study_report.main(tmp_path / "out/summaries")
