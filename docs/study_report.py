@@ -111,12 +111,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def over_seeds(values: np.ndarray, digits: int = 1) -> str:
+def every_seed(values: np.ndarray, digits: int = 1) -> str:
     """mean (every seed); nothing where nothing was measured."""
     if not len(values):
         return ""
     return f"{values.mean():.{digits}f}" + (
         f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else "")
+
+
+def over_seeds(values: np.ndarray, digits: int = 1) -> str:
+    """mean (lowest to highest)."""
+    if not len(values):
+        return ""
+    span = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{span}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ def tuning_table(runs: dict) -> str:
         for rate in rates:
             found = accuracies({name: seeds[:1] for name, seeds in runs.items()}, name_at(arm, rate), "tuning",
                                ["fresh1_L1"])
-            text = f"{rate:.0e}".replace("e-0", "e-") + (f": {found[0]:.1f}" if len(found) else ":")
+            text = name_at(arm, rate).removeprefix(f"{arm}_") + (f": {found[0]:.1f}" if len(found) else ":")
             cells.append(f"**{text}**" if RATES.get(arm) == rate else text)
         rows.append([LABELS[arm], *cells])
     columns = max(map(len, rows))
@@ -141,7 +149,7 @@ def accuracy_table(runs: dict, names: list[str], files: list[str]) -> str:
     rows = []
     for name in names:
         for video in ("full", "random"):
-            cells = [over_seeds(accuracies(runs, name, video, [file])) for file in files]
+            cells = [every_seed(accuracies(runs, name, video, [file])) for file in files]
             rows.append([label(name) + (", other videos" if video == "random" else ""), *cells])
     heads = [file.replace("fresh4_", "fresh ").replace("validation_", "") for file in files]
     return table(["greedy accuracy, %: mean (seeds)", *heads], rows)
@@ -151,7 +159,7 @@ def readme_table(runs: dict) -> str:
     """The README's: an arm a line, fresh questions alone."""
     rows = []
     for name in STUDIES["S1"]:
-        cells = [over_seeds_short(accuracies(runs, name, "full", [file])) for file in FRESH_FILES]
+        cells = [over_seeds(accuracies(runs, name, "full", [file])) for file in FRESH_FILES]
         others = [f"{accuracies(runs, name, 'random', [file]).mean():.0f}" for file in FRESH_FILES
                   if len(accuracies(runs, name, "random", [file]))]
         rows.append([f"**{label(name)}**" if name == chosen("grpo") else label(name), *cells, ", ".join(others)])
@@ -180,8 +188,8 @@ def distance_of(runs: dict, name: str) -> np.ndarray:
 
 
 def distance_table(runs: dict, names: list[str]) -> str:
-    rows = [[label(name), over_seeds(distance_of(runs, name)),
-             *(over_seeds(accuracies(runs, name, "full", [file])) for file in (FRESH_FILES[0], FRESH_FILES[2]))]
+    rows = [[label(name), every_seed(distance_of(runs, name)),
+             *(every_seed(accuracies(runs, name, "full", [file])) for file in (FRESH_FILES[0], FRESH_FILES[2]))]
             for name in names if name != "base"]
     return table(["mean (seeds)", "forward KL, nats per completion", "fresh L1, %", "fresh L3, %"], rows)
 
@@ -194,9 +202,9 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def correlation_table(runs: dict, names: list[str]) -> str:
     """Distance against accuracy on fresh L3, over single runs that are right on more than 80% of fresh L1."""
-    kinds = {"SFT on the flawless teacher, three rates": lambda arm: arm == "sft",
+    kinds = {"SFT on the flawless teacher, at all its rates": lambda arm: arm == "sft",
              "SFT on any teacher": lambda arm: arm in ("sft", *TEACHERS),
-             "GRPO with all weights from the base: three rates, three KL weights": lambda arm: arm in (
+             "GRPO with all weights from the base, at all its rates and KL weights": lambda arm: arm in (
                  "grpo", "kl_0.02", "kl_0.1"),
              "all": lambda arm: True}
     rows = []
@@ -250,7 +258,7 @@ def signature_table(runs: dict, names: list[str]) -> str:
                        for video in ("full", "random"))
         if not full.size:
             continue
-        rows.append([label(name), *map(over_seeds_short, (
+        rows.append([label(name), *map(over_seeds, (
             full[0] - full[2], full.mean(0) - other.mean(0), incoherent(runs, name), claims(runs, name, "step"),
             claims(runs, name, "count")))])
     return table(["mean over seeds", "drop from fresh L1 to L3, points", "gain from its own videos, points",
@@ -263,22 +271,14 @@ def attention_table(runs: dict, names: list[str]) -> str:
     for name in names:
         gain = (accuracies(runs, name, "full", FRESH_FILES[:1]) - accuracies(runs, name, "random", FRESH_FILES[:1]))
         if seeds_with(runs, name, "attention"):
-            rows.append([label(name), over_seeds_short(gain), *(
-                over_seeds_short(scale * looked(runs, name, *path), digits) for path, scale, digits in (
+            rows.append([label(name), over_seeds(gain), *(
+                over_seeds(scale * looked(runs, name, *path), digits) for path, scale, digits in (
                     (("kinds", "reasoning", "vision"), 100, 1), (("kinds", "reasoning", "entropy"), 1, 2),
                     (("diagonal", "picked"), 100, 0), (("diagonal", "other_video"), 100, 0),
                     (("hiding", "own"), 1, 2), (("hiding", "others"), 1, 2)))])
     return table(["mean over seeds", "gain on fresh L1, points", "attention on vision, %", "its entropy, nats",
                   "diagonal of the best heads, %", "the same with another video, %",
                   "nats a word loses without its own frames", "without as many others"], rows)
-
-
-def over_seeds_short(values: np.ndarray, digits: int = 1) -> str:
-    """mean (lowest to highest)."""
-    if not len(values):
-        return ""
-    span = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{span}"
 
 
 def tables(runs: dict) -> dict[str, str]:
