@@ -61,8 +61,8 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 
 TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
-    **dict.fromkeys(("sft", "own", "wrong"), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("paraphrase", "reversed", "skips", "hallucinates", "terse"), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    **dict.fromkeys(("own", "wrong"), (3e-5, 1e-4, 3e-4)),
+    **dict.fromkeys(("sft", "paraphrase", "reversed", "skips", "hallucinates", "terse"), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
