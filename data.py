@@ -122,10 +122,11 @@ class PixelSettings:
 
 
 # What the model gets to see (--video): the video, or a control that could show that it does not need it. All but
-# text_only change the video alone; the image stays. Names: TVBench (arXiv 2410.07752), 2604.03179, Video-R1.
+# text_only and no_image change the video alone. Names: TVBench (arXiv 2410.07752), 2604.03179, Video-R1.
 VIDEO = {
     "full": "the video",
     "text_only": "neither video nor image",
+    "no_image": "the video, without the image",
     "blank": "mid-grey frames, as many",
     "random": "the video of another question, with another number of steps done where the file tells it",
     "shuffled": "the video's frames in another order, drawn at random",
@@ -180,6 +181,10 @@ class VideoDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def shows_image(self) -> bool:
+        return self.video not in ("text_only", "no_image")
+
     def __getitem__(self, key: tuple[int, int]) -> Example:
         """(epoch, index) -> Example, the video as patches, which `embed_prompts` (model.py) puts into the prompt."""
         epoch, index = key
@@ -196,7 +201,7 @@ class VideoDataset(torch.utils.data.Dataset):
             video = rng.choice(self.other_videos(question)) if from_another else question.video
             try:  # around the reading alone: a mistake of ours is no unreadable file
                 frames, seconds = cached_video(video, self.settings) if video else (None, None)
-                image = read_image(question.image, self.settings) if question.image else None
+                image = read_image(question.image, self.settings) if question.image and self.shows_image else None
             except ValueError as error:
                 example.error = str(error)
             if example.error or self.tokenizer is None:
@@ -246,11 +251,11 @@ class VideoDataset(torch.utils.data.Dataset):
         """
         def grid(time: int, present: bool) -> Tensor | None:
             side = self.settings.image_size // self.family.patch_size
-            return torch.tensor([[time, side, side]]) if present and self.video != "text_only" else None
+            return torch.tensor([[time, side, side]]) if present else None
 
-        num_frames = self.settings.num_frames
-        video = grid(num_frames // TEMPORAL_PATCH_SIZE, any(q.video for q in self.questions))
-        image = grid(1, any(q.image for q in self.questions))
+        num_frames, has_video = self.settings.num_frames, any(question.video for question in self.questions)
+        video = grid(num_frames // TEMPORAL_PATCH_SIZE, has_video and self.video != "text_only")
+        image = grid(1, self.shows_image and any(q.image for q in self.questions))
         texts = [user_text(question.text, build_options(question, self.seed, 0)[0]) for question in self.questions]
         seconds = np.full(num_frames + 1, 9999.0)  # the longest timestamps
         return len(encode_prompt(self.tokenizer, self.family, max(texts, key=len), video, image, seconds))

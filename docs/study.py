@@ -30,6 +30,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import string
@@ -62,7 +63,8 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
     **dict.fromkeys(("own", "wrong"), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("sft", "paraphrase", "reversed", "skips", "hallucinates", "terse"), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    **dict.fromkeys(("sft", "paraphrase", "reversed", "skips", "hallucinates", "terse"),
+                    (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
@@ -82,10 +84,45 @@ class Run:
     share: float = 1.0  # of the budget
     after: str = ""  # goes on with the model of this run
     train_file: str = ""  # in out/study/data, written by the command of that name in `file_command`
+    leave_out: tuple[str, ...] = ()  # questions that the base has answered right in all of these parts of it
+    toy_only: bool = False  # says nothing of real data, or cannot be asked there
 
 
 def name_at(arm: str, rate: float) -> str:
     return f"{arm}_{rate:.0e}".replace("e-0", "e-")
+
+
+def chosen(arm: str) -> str:
+    return name_at(arm, RATES[arm])
+
+
+# S5 to S10 vary GRPO from one base point, `grpo` at its chosen rate: question -> what is varied -> value -> run.
+BASE_POINT = chosen("grpo")
+DIVISORS = 16, 8, 4, 2  # S5: one question of so many
+FRAMES = 8, 4  # S6
+HABITS = 0, 30, 60, 90  # S10: percent of the questions that the base's habit answers
+GRID = {(size, rate): name_at("grpo" if size == 8 else f"g{size}", rate)  # S7, where two may interact
+        for size in (4, 8, 16) for rate in (2e-5, 6e-5, 2e-4)}
+AXES = {
+    "S7": {
+        "group size": {"2": "g2_6e-5", **{f"{size}": GRID[size, 6e-5] for size in (4, 8, 16)}},
+        "learning rate": {name_at("", rate)[1:]: name_at("grpo", rate) for rate in CANDIDATES["grpo"]},
+        "KL weight": {"0": BASE_POINT, "0.02": "kl_0.02", "0.1": "kl_0.1"},
+        "updates on a rollout": {"1": BASE_POINT, "4, clip 0.2": "four", "4, 0.2 below, 0.28 above": "four_higher",
+                                 "4, no clip": "four_unclipped"},
+        "advantage": {"by std": BASE_POINT, "as it is": "no_std"},
+        "mean over": {"completions": BASE_POINT, "tokens": "token_mean", "a constant": "constant"},
+        "temperature": {"0.7": "t0.7", "1": BASE_POINT, "1.3": "t1.3"},
+    },
+    "S8": {
+        "rewards flipped": {"0": BASE_POINT, **{f"{p:.0%}": f"noise_{p}" for p in (0.1, 0.2, 0.3, 0.4)}},
+        "at 30%": {"as it is": "noise_0.3", "group size 16": "noise_g16", "KL weight 0.1": "noise_kl",
+                   "learning rate 2e-5": "noise_2e-5", "4 updates, clip 0.2": "noise_four",
+                   "4 updates, no clip": "noise_unclipped"},
+    },
+    "S9": {"rewards": {"accuracy": BASE_POINT, "+ 0.5 process": "process", "+ 0.5 agreement": "agreement",
+                       "+ both": "process_agreement"}},
+}
 
 
 def arms() -> list[Run]:
@@ -94,7 +131,8 @@ def arms() -> list[Run]:
             "lora": dict(script=GRPO, flags="--lora_rank 16", real_flags="--learning_rate 5e-6"),
             **{teacher: dict(script=SFT, train_file=teacher) for teacher in TEACHERS}}
     runs = [Run("base", "")]
-    runs += [Run(name_at(arm, rate), rate=rate, **what[arm]) for arm, rates in CANDIDATES.items() for rate in rates]
+    runs += [Run(name_at(arm, rate), rate=rate, toy_only=arm in TEACHERS or rate != RATES[arm], **what[arm])
+             for arm, rates in CANDIDATES.items() for rate in rates]
     sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
     return runs + [
         Run("blank", flags="--video blank", **grpo),
@@ -104,18 +142,45 @@ def arms() -> list[Run]:
         Run("half", share=1 / 2, **sft),  # on all records, with half of the budget
         Run("half_grpo", after="half", share=1 / 2, **grpo),
         Run("kl_0.02", flags="--kl_coef 0.02", **grpo),
-        Run("kl_0.1", flags="--kl_coef 0.1", **grpo),
+        Run("kl_0.1", flags="--kl_coef 0.1", toy_only=True, **grpo),  # on real data GRPO's own
+        # S5
+        *(Run(f"{arm}_data{n}", train_file=f"{arm}{n}_seed{{seed}}", **how)
+          for n in DIVISORS for arm, how in (("sft", sft), ("grpo", grpo))),
+        # S6
+        *(Run(f"frames_{n}", flags=f"--num_frames {n}", **grpo) for n in FRAMES),
+        Run("no_image", flags="--video no_image", **grpo),
+        # S7
+        Run("g2_6e-5", flags="--group_size 2", **grpo),
+        *(Run(name, flags=f"--group_size {size}", script=GRPO, rate=rate, toy_only=rate != RATES["grpo"])
+          for (size, rate), name in GRID.items() if size != 8),
+        Run("four", flags="--num_updates 4", **grpo),
+        Run("four_higher", flags="--num_updates 4 --clip_high 0.28", **grpo),
+        Run("four_unclipped", flags="--num_updates 4 --clip_low 1 --clip_high 1e9", **grpo),
+        Run("no_std", flags="--no_advantage_std", **grpo),
+        Run("token_mean", flags="--loss_agg token_mean", **grpo),
+        Run("constant", flags="--loss_agg constant", **grpo),
+        *(Run(f"t{value}", flags=f"--temperature {value}", **grpo) for value in (0.7, 1.3)),
+        # S8
+        *(Run(f"noise_{p}", flags=f"--reward_noise {p}", **grpo) for p in (0.1, 0.2, 0.3, 0.4)),
+        Run("noise_g16", flags="--reward_noise 0.3 --group_size 16", **grpo),
+        Run("noise_kl", flags="--reward_noise 0.3 --kl_coef 0.1", toy_only=True, **grpo),
+        Run("noise_2e-5", flags="--reward_noise 0.3", script=GRPO, rate=2e-5, toy_only=True),
+        Run("noise_four", flags="--reward_noise 0.3 --num_updates 4", **grpo),
+        Run("noise_unclipped", flags="--reward_noise 0.3 --num_updates 4 --clip_low 1 --clip_high 1e9", **grpo),
+        # S9
+        Run("process", flags="--process_weight 0.5", **grpo),
+        Run("agreement", flags="--agreement_weight 0.5", **grpo),
+        Run("process_agreement", flags="--process_weight 0.5 --agreement_weight 0.5", **grpo),
+        # S10
+        *(Run(f"habit{percent}", train_file=f"habit{percent}", toy_only=True, **grpo) for percent in HABITS),
+        *(Run(f"habit{percent}_left", train_file=f"habit{percent}", leave_out=blind_parts(percent)[:2], toy_only=True,
+              **grpo) for percent in HABITS[1:]),
     ]
 
 
-def chosen(arm: str) -> str:
-    return name_at(arm, RATES[arm])
-
-
-def on_real_data(name: str) -> bool:
-    """Not the toy world's teachers; of the learning rates the scripts' own alone; and there GRPO's own KL is 0.1."""
-    arm = name.rpartition("_")[0]
-    return arm not in TEACHERS and (arm not in CANDIDATES or name == chosen(arm)) and name != "kl_0.1"
+def blind_parts(percent: int) -> tuple[str, ...]:
+    """Of the base: answers to a file of S10 without its videos, with three orders of options."""
+    return tuple(f"blind{percent}_{seed}" for seed in range(3))
 
 
 RUNS = {run.name: run for run in arms()}
@@ -128,7 +193,25 @@ STUDIES["S3"] = list(dict.fromkeys([
     *STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
     *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]))
 STUDIES["S4"] = STUDIES["S3"]
-REPORTED = {name for study, names in STUDIES.items() if study != "tuning" for name in names}
+STUDIES["S5"] = ["base", *(f"{arm}_data{n}" for arm in ("sft", "grpo") for n in DIVISORS), chosen("sft"), BASE_POINT]
+STUDIES["S6"] = ["base", BASE_POINT, *(f"frames_{n}" for n in FRAMES), "no_image"]
+STUDIES |= {study: list(dict.fromkeys(name for values in axes.values() for name in values.values()))
+            for study, axes in AXES.items()}
+STUDIES["S7"] += [name for name in GRID.values() if name not in STUDIES["S7"]]
+STUDIES["S10"] = ["base", *(name for name in RUNS if name.startswith("habit"))]
+MEASURED = {  # question -> the parts of its runs, beside training
+    "S1": "full random distance attention", "S2": "full random distance", "S3": "full random distance",
+    "S4": "full random", "S5": "full", "S6": "full frames_8 frames_4 no_image", "S7": "full distance", "S8": "full",
+    "S9": "full random", "S10": "full random"}
+REPORTED = {name for study in MEASURED for name in STUDIES[study]}
+EVALUATIONS = {"full": "--video full", "random": "--video random", "frames_8": "--num_frames 8", "frames_4": "--num_frames 4",
+               "no_image": "--video no_image"}
+
+
+def measured(name: str) -> list[str]:
+    """The parts of a run beside training, of all questions that it belongs to."""
+    found = {part for study, names in MEASURED.items() if name in STUDIES[study] for part in names.split()}
+    return [part for part in (*EVALUATIONS, "distance", "attention") if part in found]
 
 
 def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,7 +263,20 @@ def file_command(name: str, seed: int, setting: Setting) -> list[str]:
     if name.startswith("own"):
         return ["docs/own_answers.py", "--model", setting.model, "--seed", f"{seed}", "--output_file", output,
                 *setting.world()]
+    if name.startswith("habit"):
+        return ["docs/habit.py", name.removeprefix("habit"), output]
+    if part_of := re.match(r"(sft|grpo)(\d+)_seed", name):
+        source = "training_with_cot_6k" if part_of[1] == "sft" else "training_6k"
+        root = "out/toy" if setting.toy else setting.data_root
+        return ["docs/subset.py", f"{root}/annotations/{source}.jsonl", part_of[2], f"{seed}", output]
     return ["docs/teachers.py", name, output]
+
+
+def files_of(run: Run, seed: int, part: str) -> list[str]:
+    """The files of the study that a part reads."""
+    if part.startswith("blind"):
+        return ["habit" + part.removeprefix("blind").partition("_")[0]]
+    return [run.train_file.format(seed=seed)] if part == "train" and run.train_file else []
 
 
 def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
@@ -194,21 +290,29 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
             f"{max(1, round(run.share * setting.budget) // batch)}", "--seed", f"{seed}", "--output_dir", folder]
         if run.train_file:
             found["train"] += ["--train_file", setting.train_file(run.train_file.format(seed=seed))]
+        if run.leave_out:
+            base = setting.folder(RUNS["base"], seed)
+            found["train"] += ["--leave_out", *(f"{base}/{part}/samples.jsonl" for part in run.leave_out)]
         found["train"] += (["--learning_rate", f"{run.rate:g}"] if setting.toy else
                            ["--prompts_per_step", f"{batch}", *shlex.split(run.real_flags)])
     evaluate = ["evaluate.py", "--model", model, "--max_questions", f"{setting.max_questions}"]
     if setting.toy and seed == SEEDS[0] and run.name in STUDIES["tuning"]:
         found["tuning"] = [*evaluate, "--eval_files", *TUNING, "--output_dir", f"{folder}/tuning"]
-    if run.name in REPORTED:
-        compared = run.name in STUDIES["S1"]
-        files = [*(LEVELS if compared or not setting.toy else ()), *(FRESH if setting.toy else ())]
-        for video in ("full", "random"):
-            found[video] = [*evaluate, "--video", video, "--eval_files", *files, "--output_dir", f"{folder}/{video}"]
-        if run.script:
-            found["distance"] = ["docs/distance.py", "--model", setting.model, "--trained", model, "--output_file",
-                                 f"{folder}/distance.json"]
-        if compared:
-            found["attention"] = ["attention.py", "--model", model, "--output_dir", f"{folder}/attention"]
+    for part in measured(run.name):
+        if part in EVALUATIONS:
+            with_levels = not setting.toy or run.name in STUDIES["S1"] and part in ("full", "random")
+            files = [*(LEVELS if with_levels else ()), *(FRESH if setting.toy else ())]
+            found[part] = [*evaluate, *EVALUATIONS[part].split(), "--eval_files", *files, "--output_dir",
+                           f"{folder}/{part}"]
+        elif part == "attention":
+            found[part] = ["attention.py", "--model", model, "--output_dir", f"{folder}/attention"]
+        elif run.script:
+            found[part] = ["docs/distance.py", "--model", setting.model, "--trained", model, "--output_file",
+                           f"{folder}/distance.json"]
+    for percent in HABITS[1:] if run.name == "base" and setting.toy else ():
+        for number, part in enumerate(blind_parts(percent)):
+            found[part] = [*evaluate, "--video", "blank", "--eval_files", setting.train_file(f"habit{percent}"),
+                           "--seed", f"{number}", "--output_dir", f"{folder}/{part}"]
     return {part: command + setting.world() for part, command in found.items()}
 
 
@@ -251,7 +355,7 @@ def summarise_answers(samples: Path) -> dict:
 
 def summarise_training(folder: Path) -> dict:
     """Which weights came out, in how many seconds of steps, and for GRPO the share of sampled answers that were right:
-    24 means one after another."""
+    24 means one after another; and of its last 24 steps the other rewards, and how many tokens were clipped."""
     weights = "".join(sha256(file) for file in sorted((folder / "final").glob("*.safetensors")))
     seconds = json.loads((folder / "report.json").read_text())["seconds"]["step_s"]
     summary = {"weights": weights, "seconds": round(seconds)}
@@ -259,6 +363,9 @@ def summarise_training(folder: Path) -> dict:
     if "accuracy" in metrics[0]:
         parts = np.array_split([line["accuracy"] for line in metrics], min(24, len(metrics)))
         summary["curve"] = [round(float(part.mean()), 4) for part in parts]
+        for name in ("process", "agreement", "clip_frac"):
+            values = [line[name] for line in metrics[-24:] if name in line]
+            summary[name] = round(float(np.mean(values)), 4) if values else None
     return summary
 
 
@@ -338,9 +445,17 @@ class Study:
                 return
             if run.after:
                 self.train(RUNS[run.after], seed)
-            if run.train_file:
-                self.make_file(run.train_file.format(seed=seed), seed)
+            for part in run.leave_out:
+                self.answer(part)
             self.run_part(run, seed, "train", parts(run, seed, self.setting)["train"])
+
+    def answer(self, part: str) -> None:
+        """Sees to it that what the base has answered is on this machine."""
+        base = RUNS["base"]
+        with self.lock(base.name, SEEDS[0]):
+            if not (ROOT / self.setting.folder(base, SEEDS[0]) / part / "samples.jsonl").exists() or (
+                    part in self.missing(base, SEEDS[0])):
+                self.run_part(base, SEEDS[0], part, parts(base, SEEDS[0], self.setting)[part])
 
     def run_part(self, run: Run, seed: int, part: str, command: list[str]) -> None:
         """Runs a part and keeps its numbers in the summary, which is begun anew for other weights."""
@@ -348,6 +463,8 @@ class Study:
         place, before = ROOT / folder / ("" if part == "train" else part), summary.get(part, {}).get("command")
         if before not in (None, shlex.join(command)) and place.exists():  # what another command left is out of the way
             place.rename(next(path for n in itertools.count(1) if not (path := Path(f"{place}.old{n}")).exists()))
+        for name in files_of(run, seed, part):
+            self.make_file(name, seed)
         self.call(f"{folder.name} {part}", command)
         numbers = {"command": shlex.join(command), **numbers_of(part, ROOT / folder)}
         if part == "train" and summary.get("train", {}).get("weights") != numbers.get("weights"):
@@ -358,7 +475,8 @@ class Study:
     def make_file(self, name: str, seed: int) -> None:
         file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
         with self.lock(name):
-            if not (name.startswith("own") and file.exists()):  # a teacher is at once, and may have been changed
+            # A teacher is written at once, and may have been changed; the others may be in use.
+            if name in TEACHERS or not file.exists():
                 self.call(name, file_command(name, seed, self.setting))
 
     def call(self, name: str, command: list[str]) -> None:
@@ -439,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
         setting = make_setting(args)
     except ValueError as error:
         sys.exit(str(error))
-    names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or on_real_data(name)]
+    names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or not RUNS[name].toy_only]
     only_tuning = args.only == ["tuning"]  # before a rate is chosen nothing else is looked at
     study = Study(setting, args.jobs, only_tuning)
     seeds = tuple(args.seeds[:1] if args.quick or only_tuning else args.seeds)
@@ -486,15 +604,19 @@ def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> No
             done.add((run.name, seed))
             if run.after:
                 show(RUNS[run.after], seed, only_model=True)
-            file = run.train_file.format(seed=seed)
-            if file and file not in done:
-                done.add(file)
-                print(ranks if run.name.startswith("own") else "python",
-                      shlex.join(file_command(file, seed, study.setting)))
-            missing = {"train": parts(run, seed, study.setting)["train"]} | missing
-        for command in missing.values():
-            alone = command[0] in ("attention.py", "docs/distance.py")
-            print("python" if alone else ranks, shlex.join(command))
+            for part in run.leave_out:
+                show_part(RUNS["base"], SEEDS[0], part)
+            missing = {"train": ()} | missing
+        for part in missing:
+            show_part(run, seed, part)
+
+    def show_part(run: Run, seed: int, part: str) -> None:
+        commands = [file_command(name, seed, study.setting) for name in files_of(run, seed, part)]
+        for command in map(shlex.join, [*commands, parts(run, seed, study.setting)[part]]):
+            alone = command.startswith(("attention.py", "docs/")) and not command.startswith("docs/own_answers.py")
+            if command not in done:
+                print("python" if alone else ranks, command)
+                done.add(command)
 
     for name in dict.fromkeys(names):
         for seed in seeds_of(name, seeds):

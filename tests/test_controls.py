@@ -95,7 +95,7 @@ def test_only_the_video_changes(questions, tokenizer, index):
 def test_questions_without_a_video_stay_as_they_are(questions, tokenizer):
     i = next(i for i, question in enumerate(questions) if not question.video)
     full = shown(questions, tokenizer, "full")[0, i]
-    for video in set(VIDEO) - {"text_only"}:
+    for video in set(VIDEO) - {"text_only", "no_image"}:
         example = shown(questions, tokenizer, video)[0, i]
         assert example.pixel_values_videos is None and torch.equal(example.pixel_values, full.pixel_values)
 
@@ -139,6 +139,18 @@ def test_text_only_has_no_vision_token_and_needs_no_file(questions, tokenizer, i
     assert all(shown([lost], tokenizer, video)[0, 0].error for video in ("full", "blank", "reversed"))
 
 
+def test_no_image_is_the_video_alone(questions, tokenizer, index):
+    """As if the question had none; and one without a video is text."""
+    without = dataclasses.replace(questions[index], image=None)
+    example, same = shown(questions, tokenizer, "no_image")[0, index], shown([without], tokenizer, "full")[0, 0]
+    assert example.pixel_values is None and example.image_grid_thw is None
+    for name in ("prompt_ids", "position_ids", "pixel_values_videos"):
+        assert torch.equal(getattr(example, name), getattr(same, name))
+    i = next(i for i, question in enumerate(questions) if not question.video)
+    assert torch.equal(shown(questions, tokenizer, "no_image")[0, i].prompt_ids,
+                       shown(questions, tokenizer, "text_only")[0, i].prompt_ids)
+
+
 def test_text_only_logps_equal_hugging_faces(questions, tokenizer):
     qwen = Qwen2VLForConditionalGeneration.from_pretrained(toy.BASE, dtype=torch.float64)
     examples = [shown(questions, tokenizer, "text_only")[0, i] for i in (0, 1)]
@@ -152,7 +164,7 @@ def test_text_only_logps_equal_hugging_faces(questions, tokenizer):
 
 
 def test_unknown_settings_are_refused(questions, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="--video 'grey': must be one of full, text_only, blank"):
+    with pytest.raises(ValueError, match="--video 'grey': must be one of full, text_only, no_image, blank"):
         shown(questions, tokenizer, "grey")
     for main, args in ((grpo_video.main, grpo_args), (sft_video.main, sft_args), (evaluate.main, eval_args)):
         with pytest.raises(ValueError, match="--video 'grey'"):

@@ -289,7 +289,7 @@ def test_the_bench_runs(tmp_path):
 def test_the_longest_prompt_is_known_without_reading_a_video(world, tokenizer):
     questions = load_questions("annotations/training_6k.jsonl", world)[:40]
     settings = grpo_args("unused").pixel_settings()
-    for video in ("full", "text_only"):
+    for video in ("full", "text_only", "no_image"):
         dataset = VideoDataset(questions, tokenizer, QWEN2_VL, settings, 0, video)
         longest = max(len(dataset[0, i].prompt_ids) for i in range(len(questions)))
         # The text of most letters is not always that of most tokens.
