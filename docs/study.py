@@ -1,4 +1,4 @@
-"""The study: the paper's comparison, and when it holds, as a list of runs. What it found is in docs/study.md.
+"""The study: runs what is listed in docs/arms.py, and keeps what came of it. What it found is in docs/study.md.
 
     python docs/study.py                    # the toy world: runs what is missing, two at a time, and draws
     python docs/study.py --only S1 -j 4     # the runs of one question, four at a time; or runs by their names
@@ -12,19 +12,10 @@ JSON file in docs/study/ that is committed: what a summary has is not run again,
 in out/study/. After a kill the same command goes on where it stopped, in the middle of a training run too (--resume). A
 part whose command is no longer the one in its summary is run again.
 
-To add a question: its arms into `arms`, the names of its runs into STUDIES, its picture into docs/study_report.py.
+To add a question: its runs into docs/arms.py, its table and picture into docs/study_report.py.
 
 What is trained again, on another machine say, may come out with other weights, by rounding; then nothing that was
 measured of the old ones is kept.
-
-Equal numbers of questions: all arms learn from the same number of them, the budget, counted with repetitions; one that
-goes on with the model of another gets the share that this one has left.
-
-Learning rates: of each arm in CANDIDATES three or more, about a factor of three apart, are tried with the first seed;
-taken is the one with the most right answers on TUNING, questions about the tasks and kitchens of the training file that
-are not in it, and of equals the smallest (`choose_rate`). The choices stand in RATES, and a test holds them to the
-summaries.
-The final numbers are those of FRESH: nobody has seen these questions while anything could still be chosen.
 """
 import argparse
 import itertools
@@ -47,177 +38,27 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from docs import teachers  # noqa: E402
+from docs.arms import (  # noqa: E402
+    BLIND,
+    CANDIDATES,
+    EVALUATIONS,
+    FRESH,
+    GRPO,
+    LEVELS,
+    MEASURED,
+    RUNS,
+    SEEDS,
+    SFT,
+    STUDIES,
+    TEACHERS,
+    TUNING,
+    Run,
+    measured,
+    name_at,
+    seeds_of,
+)
 from run import sha256, write_whole  # noqa: E402
 from toy import CLAIMS, NEXT, check_claims  # noqa: E402
-
-SEEDS = (0, 1, 2)
-LEVELS = tuple(f"annotations/validation_{level}.jsonl" for level in ("L1", "L2", "L3"))
-FRESH = tuple(f"annotations/fresh4_{level}.jsonl" for level in ("L1", "L2", "L3"))
-TUNING = ("annotations/fresh1_L1.jsonl",)
-SFT, GRPO = "sft_video.py", "grpo_video.py"
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The runs, as data.
-
-TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
-CANDIDATES = {  # arm -> learning rates to choose from
-    **dict.fromkeys(("own", "wrong"), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("sft", "paraphrase", "reversed", "skips", "hallucinates", "terse"),
-                    (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-    "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
-}
-RATES = {  # what the rule chose
-    "sft": 1e-4, "own": 1e-4, "grpo": 6e-5, "lora": 1e-3, "paraphrase": 3e-3, "reversed": 3e-5, "skips": 3e-4,
-    "hallucinates": 1e-3, "terse": 1e-3, "wrong": 1e-4,
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run and what is measured of it, for every seed. On real data the scripts' own learning rates hold."""
-    name: str
-    script: str  # "": the base model as it is
-    flags: str = ""
-    rate: float = 0.0  # of the toy world
-    real_flags: str = ""  # on real data alone
-    share: float = 1.0  # of the budget
-    after: str = ""  # goes on with the model of this run
-    train_file: str = ""  # in out/study/data, written by the command of that name in `file_command`
-    leave_out: tuple[str, ...] = ()  # questions that the base has answered right in all of these parts of it
-    toy_only: bool = False  # says nothing of real data, or cannot be asked there
-
-
-def name_at(arm: str, rate: float) -> str:
-    return f"{arm}_{rate:.0e}".replace("e-0", "e-")
-
-
-def chosen(arm: str) -> str:
-    return name_at(arm, RATES[arm])
-
-
-# S5 to S10 vary GRPO from one base point, `grpo` at its chosen rate: question -> what is varied -> value -> run.
-BASE_POINT = chosen("grpo")
-DIVISORS = 16, 8, 4, 2  # S5: one question of so many
-FRAMES = 8, 4  # S6
-HABITS = 0, 30, 60, 90  # S10: percent of the questions that the base's habit answers
-GRID = {(size, rate): name_at("grpo" if size == 8 else f"g{size}", rate)  # S7, where two may interact
-        for size in (4, 8, 16) for rate in (2e-5, 6e-5, 2e-4)}
-AXES = {
-    "S7": {
-        "group size": {"2": "g2_6e-5", **{f"{size}": GRID[size, 6e-5] for size in (4, 8, 16)}},
-        "learning rate": {name_at("", rate)[1:]: name_at("grpo", rate) for rate in CANDIDATES["grpo"]},
-        "KL weight": {"0": BASE_POINT, "0.02": "kl_0.02", "0.1": "kl_0.1"},
-        "updates on a rollout": {"1": BASE_POINT, "4, clip 0.2": "four", "4, 0.2 below, 0.28 above": "four_higher",
-                                 "4, no clip": "four_unclipped"},
-        "advantage": {"by std": BASE_POINT, "as it is": "no_std"},
-        "mean over": {"completions": BASE_POINT, "tokens": "token_mean", "a constant": "constant"},
-        "temperature": {"0.7": "t0.7", "1": BASE_POINT, "1.3": "t1.3"},
-    },
-    "S8": {
-        "rewards flipped": {"0": BASE_POINT, **{f"{p:.0%}": f"noise_{p}" for p in (0.1, 0.2, 0.3, 0.4)}},
-        "at 30%": {"as it is": "noise_0.3", "group size 16": "noise_g16", "KL weight 0.1": "noise_kl",
-                   "learning rate 2e-5": "noise_2e-5", "4 updates, clip 0.2": "noise_four",
-                   "4 updates, no clip": "noise_unclipped"},
-    },
-    "S9": {"rewards": {"accuracy": BASE_POINT, "+ 0.5 process": "process", "+ 0.5 agreement": "agreement",
-                       "+ both": "process_agreement"}},
-}
-
-
-def arms() -> list[Run]:
-    """All runs. Those with a rate in their name were tried; `chosen` names the one of an arm that was taken."""
-    what = {"sft": dict(script=SFT), "own": dict(script=SFT, train_file="own_seed{seed}"), "grpo": dict(script=GRPO),
-            "lora": dict(script=GRPO, flags="--lora_rank 16", real_flags="--learning_rate 5e-6"),
-            **{teacher: dict(script=SFT, train_file=teacher) for teacher in TEACHERS}}
-    runs = [Run("base", "")]
-    runs += [Run(name_at(arm, rate), rate=rate, toy_only=arm in TEACHERS or rate != RATES[arm], **what[arm])
-             for arm, rates in CANDIDATES.items() for rate in rates]
-    sft, grpo = dict(script=SFT, rate=RATES["sft"]), dict(script=GRPO, rate=RATES["grpo"])
-    return runs + [
-        Run("blank", flags="--video blank", **grpo),
-        # Cold start: SFT on 64 records, three times each; then GRPO.
-        Run("few", flags="--max_questions 64", share=1 / 11, **sft),
-        Run("few_grpo", after="few", share=10 / 11, **grpo),
-        Run("half", share=1 / 2, **sft),  # on all records, with half of the budget
-        Run("half_grpo", after="half", share=1 / 2, **grpo),
-        Run("kl_0.02", flags="--kl_coef 0.02", **grpo),
-        Run("kl_0.1", flags="--kl_coef 0.1", toy_only=True, **grpo),  # on real data GRPO's own
-        # S5
-        *(Run(f"{arm}_data{n}", train_file=f"{arm}{n}_seed{{seed}}", **how)
-          for n in DIVISORS for arm, how in (("sft", sft), ("grpo", grpo))),
-        # S6
-        *(Run(f"frames_{n}", flags=f"--num_frames {n}", **grpo) for n in FRAMES),
-        Run("no_image", flags="--video no_image", **grpo),
-        # S7
-        Run("g2_6e-5", flags="--group_size 2", **grpo),
-        *(Run(name, flags=f"--group_size {size}", script=GRPO, rate=rate, toy_only=rate != RATES["grpo"])
-          for (size, rate), name in GRID.items() if size != 8),
-        Run("four", flags="--num_updates 4", **grpo),
-        Run("four_higher", flags="--num_updates 4 --clip_high 0.28", **grpo),
-        Run("four_unclipped", flags="--num_updates 4 --clip_low 1 --clip_high 1e9", **grpo),
-        Run("no_std", flags="--no_advantage_std", **grpo),
-        Run("token_mean", flags="--loss_agg token_mean", **grpo),
-        Run("constant", flags="--loss_agg constant", **grpo),
-        *(Run(f"t{value}", flags=f"--temperature {value}", **grpo) for value in (0.7, 1.3)),
-        # S8
-        *(Run(f"noise_{p}", flags=f"--reward_noise {p}", **grpo) for p in (0.1, 0.2, 0.3, 0.4)),
-        Run("noise_g16", flags="--reward_noise 0.3 --group_size 16", **grpo),
-        Run("noise_kl", flags="--reward_noise 0.3 --kl_coef 0.1", toy_only=True, **grpo),
-        Run("noise_2e-5", flags="--reward_noise 0.3", script=GRPO, rate=2e-5, toy_only=True),
-        Run("noise_four", flags="--reward_noise 0.3 --num_updates 4", **grpo),
-        Run("noise_unclipped", flags="--reward_noise 0.3 --num_updates 4 --clip_low 1 --clip_high 1e9", **grpo),
-        # S9
-        Run("process", flags="--process_weight 0.5", **grpo),
-        Run("agreement", flags="--agreement_weight 0.5", **grpo),
-        Run("process_agreement", flags="--process_weight 0.5 --agreement_weight 0.5", **grpo),
-        # S10
-        *(Run(f"habit{percent}", train_file=f"habit{percent}", toy_only=True, **grpo) for percent in HABITS),
-        *(Run(f"habit{percent}_left", train_file=f"habit{percent}", leave_out=blind_parts(percent)[:2], toy_only=True,
-              **grpo) for percent in HABITS[1:]),
-    ]
-
-
-def blind_parts(percent: int) -> tuple[str, ...]:
-    """Of the base: answers to a file of S10 without its videos, with three orders of options."""
-    return tuple(f"blind{percent}_{seed}" for seed in range(3))
-
-
-RUNS = {run.name: run for run in arms()}
-STUDIES = {
-    "tuning": [name_at(arm, rate) for arm, rates in CANDIDATES.items() for rate in rates],
-    "S1": ["base", *map(chosen, ("sft", "own", "grpo", "lora")), "few_grpo", "half_grpo", "blank"],
-    "S2": ["base", *map(chosen, ("sft", *TEACHERS, "grpo"))],
-}
-STUDIES["S3"] = list(dict.fromkeys([
-    *STUDIES["S1"], *STUDIES["S2"], "kl_0.02", "kl_0.1",
-    *(name_at(arm, rate) for arm in ("sft", "grpo") for rate in CANDIDATES[arm])]))
-STUDIES["S4"] = STUDIES["S3"]
-STUDIES["S5"] = ["base", *(f"{arm}_data{n}" for arm in ("sft", "grpo") for n in DIVISORS), chosen("sft"), BASE_POINT]
-STUDIES["S6"] = ["base", BASE_POINT, *(f"frames_{n}" for n in FRAMES), "no_image"]
-STUDIES |= {study: list(dict.fromkeys(name for values in axes.values() for name in values.values()))
-            for study, axes in AXES.items()}
-STUDIES["S7"] += [name for name in GRID.values() if name not in STUDIES["S7"]]
-STUDIES["S10"] = ["base", *(name for name in RUNS if name.startswith("habit"))]
-MEASURED = {  # question -> the parts of its runs, beside training
-    "S1": "full random distance attention", "S2": "full random distance", "S3": "full random distance",
-    "S4": "full random", "S5": "full", "S6": "full frames_8 frames_4 no_image", "S7": "full distance", "S8": "full",
-    "S9": "full random", "S10": "full random"}
-REPORTED = {name for study in MEASURED for name in STUDIES[study]}
-EVALUATIONS = {"full": "--video full", "random": "--video random", "frames_8": "--num_frames 8", "frames_4": "--num_frames 4",
-               "no_image": "--video no_image"}
-
-
-def measured(name: str) -> list[str]:
-    """The parts of a run beside training, of all questions that it belongs to."""
-    found = {part for study, names in MEASURED.items() if name in STUDIES[study] for part in names.split()}
-    return [part for part in (*EVALUATIONS, "distance", "attention") if part in found]
-
-
-def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
-    """The base is not trained; what was only tried for its rate, and not taken, was tried with the first seed."""
-    return seeds if RUNS[name].script and name in REPORTED else seeds[:1]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a run to its commands.
@@ -306,13 +147,13 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
                            f"{folder}/{part}"]
         elif part == "attention":
             found[part] = ["attention.py", "--model", model, "--output_dir", f"{folder}/attention"]
-        elif run.script:
+        elif part == "distance":
             found[part] = ["docs/distance.py", "--model", setting.model, "--trained", model, "--output_file",
                            f"{folder}/distance.json"]
-    for percent in HABITS[1:] if run.name == "base" and setting.toy else ():
-        for number, part in enumerate(blind_parts(percent)):
-            found[part] = [*evaluate, "--video", "blank", "--eval_files", setting.train_file(f"habit{percent}"),
-                           "--seed", f"{number}", "--output_dir", f"{folder}/{part}"]
+        elif setting.toy:  # S10: of the base, in the toy world
+            (file,), number = files_of(run, seed, part), part.rpartition("_")[2]
+            found[part] = [*evaluate, "--video", "blank", "--eval_files", setting.train_file(file), "--seed", number,
+                           "--output_dir", f"{folder}/{part}"]
     return {part: command + setting.world() for part, command in found.items()}
 
 
@@ -400,8 +241,9 @@ COST = {SFT: 60, GRPO: 210, "evaluate.py": 40, "attention.py": 60, "docs/distanc
 class Study:
     """Runs what is missing, several runs at a time; all that it knows is in files."""
 
-    def __init__(self, setting: Setting, jobs: int, only_tuning: bool = False):
-        self.setting, self.jobs, self.only_tuning = setting, jobs, only_tuning
+    def __init__(self, setting: Setting, jobs: int, asked: set[str] | None = None):
+        """asked: the parts that are wanted beside training; None: all."""
+        self.setting, self.jobs, self.asked = setting, jobs, asked
         self.locks, self.guard = defaultdict(threading.RLock), threading.Lock()
         self.processes, self.stopping = set(), False
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -422,8 +264,8 @@ class Study:
     def missing(self, run: Run, seed: int) -> dict[str, list[str]]:
         """The parts that the summary lacks, or has of another command: part -> command."""
         summary, wanted = self.summary(run, seed), parts(run, seed, self.setting)
-        if self.only_tuning:
-            wanted = {part: command for part, command in wanted.items() if part in ("train", "tuning")}
+        if self.asked is not None:
+            wanted = {part: command for part, command in wanted.items() if part == "train" or part in self.asked}
         if run.script and summary.get("train", {}).get("command") != shlex.join(wanted["train"]):
             return wanted  # what was measured of another model does not hold for this one
         return {part: command for part, command in wanted.items()
@@ -557,10 +399,10 @@ def main(argv: list[str] | None = None) -> None:
         setting = make_setting(args)
     except ValueError as error:
         sys.exit(str(error))
-    names = [name for item in args.only for name in STUDIES.get(item, [item]) if setting.toy or not RUNS[name].toy_only]
-    only_tuning = args.only == ["tuning"]  # before a rate is chosen nothing else is looked at
-    study = Study(setting, args.jobs, only_tuning)
-    seeds = tuple(args.seeds[:1] if args.quick or only_tuning else args.seeds)
+    names = [name for item in args.only for name in STUDIES.get(item, [item])
+             if setting.toy or not RUNS[name].toy_only]
+    study = Study(setting, args.jobs, asked_parts(args.only))
+    seeds = tuple(args.seeds[:1] if args.quick or args.only == ["tuning"] else args.seeds)
     if args.print:
         print_commands(study, names, seeds)
         return
@@ -570,6 +412,15 @@ def main(argv: list[str] | None = None) -> None:
     study.run(names, seeds)
     for arm in CANDIDATES if setting.toy and "tuning" in args.only and SEEDS[0] in seeds else ():
         print(f"{arm}: {choose_rate(arm, lambda name: study.summary(RUNS[name], SEEDS[0])):g}")
+
+
+def asked_parts(only: list[str]) -> set[str] | None:
+    """What is measured for these questions; None, everything, where a run is named. Before a rate is chosen nothing
+    but its tuning is looked at."""
+    if not all(name in MEASURED for name in only):
+        return None
+    parts = {part for question in only for part in MEASURED[question].split()}
+    return parts | {part for blind in BLIND.values() for part in blind} if "S10" in only else parts
 
 
 def make_setting(args) -> Setting:

@@ -6,104 +6,58 @@
 A table stands in docs/study.md or README.md between <!-- table NAME --> and <!-- end -->. A picture carries the digest
 of the numbers that it was drawn from, so that a test can tell whether it is stale on machines that draw other pixels.
 """
-import hashlib
-import json
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from docs.study import CANDIDATES, FRESH, LEVELS, RATES, STUDIES, TEACHERS, chosen, name_at  # noqa: E402
+from docs.arms import (  # noqa: E402
+    BLIND,
+    CANDIDATES,
+    DIVISORS,
+    RATES,
+    S5,
+    S7,
+    S8,
+    S9,
+    S10,
+    STUDIES,
+    TEACHERS,
+    base,
+    chosen,
+    grid,
+    name_at,
+    point,
+    write_rate,
+)
+from docs.habit import HABIT, make_file  # noqa: E402
+from docs.study_numbers import (  # noqa: E402
+    FRESH_FILES,
+    LABELS,
+    LEVEL_FILES,
+    accuracies,
+    accuracy_where,
+    arm_of,
+    claims,
+    difference,
+    distance_of,
+    incoherent,
+    label,
+    load,
+    looked,
+    rank_correlation,
+    seeds_with,
+    steps_done,
+    steps_per_shown,
+    trained_with,
+)
+from docs.study_pictures import digest, drawn_numbers, save  # noqa: E402
 
 PAGES = (HERE / "study.md", HERE.parent / "README.md")
-LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
-LABELS = {
-    "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
-    "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
-    "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
-    "wrong": "SFT, 35% wrong", "paraphrase": "SFT, paraphrase", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
-STEPS = 264  # of GRPO, in the toy world
-COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "own": "#b5563c", "grpo": "#2b6cb0", "lora": "#6b9bd1",
-           "few_grpo": "#4a9a8c", "half_grpo": "#86b553", "blank": "#222222", "kl_0.02": "#7f6bc4", "kl_0.1": "#b18bd8"}
-
-
-def arm_of(name: str) -> str:
-    """The arm of a run: without its learning rate."""
-    return re.sub(r"_\de-\d+$", "", name)
-
-
-def label(name: str) -> str:
-    """An arm's label, with the learning rate where it is not the one that was chosen."""
-    arm = arm_of(name)
-    tried = arm in CANDIDATES and name != chosen(arm)
-    return LABELS[arm] + (f", {name.removeprefix(arm)[1:]}" if tried else "")
-
-
-def load(folder: Path) -> dict[str, list[dict]]:
-    """name -> the summaries of its seeds, in order; of one that is not complete what it was tuned with alone."""
-    found = defaultdict(dict)
-    for file in sorted(folder.glob("*.json")):
-        (name, _, seed), summary = file.stem.partition("_seed"), json.loads(file.read_text())
-        if not {"full", "random"} <= summary.keys() or "train" in summary and "distance" not in summary:
-            summary = {part: summary[part] for part in ("train", "tuning") if part in summary}  # not through yet
-        found[name][int(seed or 0)] = summary
-    return {name: [of_name[seed] for seed in sorted(of_name)] for name, of_name in found.items()}
-
-
-def seeds_with(runs: dict, name: str, part: str, file: str = "") -> list[dict]:
-    """The numbers of a part, or of one file in it, of every seed that has them."""
-    found = [summary[part] for summary in runs.get(name, ()) if part in summary]
-    return [numbers[file] for numbers in found if file in numbers] if file else found
-
-
-def right(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
-    """(seeds, questions) of 0 and 1, over several files one behind the other; (0, 0) where something is missing."""
-    of_files = [[[char == "1" for char in answers["right"]] for answers in seeds_with(runs, name, video, file)]
-                for file in files]
-    if len({len(seeds) for seeds in of_files}) != 1 or not of_files[0]:
-        return np.zeros((0, 0))
-    return np.concatenate([np.array(seeds, float) for seeds in of_files], axis=1)
-
-
-def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
-    """Percent for each seed: the mean over files, which weigh the same."""
-    of_files = [right(runs, name, video, [file]) for file in files]
-    return np.mean([100 * answers.mean(axis=1) for answers in of_files], axis=0) if all(map(len, of_files)) else (
-        np.zeros(0))
-
-
-def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000):
-    """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
-    None where one of them has not been measured.
-
-    The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
-    95% bootstrap interval over tasks: what is asked about one task is right or wrong together, in all files.
-    """
-    ours, theirs = accuracies(runs, a, "full", files), accuracies(runs, b, "full", files)
-    if not (len(ours) and len(theirs)):
-        return None
-    rng, means, drawn_of = np.random.default_rng(0), [], {}
-    for file in files:
-        asked = seeds_with(runs, a, "full", file)[0]
-        tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
-        # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
-        drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
-        times = drawn_of.setdefault(tuple(asked["goals"]), drawn)
-        values = 100 * np.subtract(*(right(runs, name, "full", [file]).mean(axis=0) for name in (a, b)))
-        sums, counts = np.bincount(tasks, values, num_tasks), np.bincount(tasks, minlength=num_tasks)
-        means.append((values.mean(), (times @ sums) / np.maximum(times @ counts, 1)))
-    low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
-    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
-    return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -172,19 +126,10 @@ def difference_table(runs: dict, pairs: list[tuple[str, str]]) -> str:
     for a, b in pairs:
         cells = []
         for files in (*([file] for file in FRESH_FILES), FRESH_FILES):
-            if found := difference(runs, a, b, list(files)):
-                mean, low, high, apart = found
-                text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-                cells.append(f"**{text}**" if apart and (low > 0 or high < 0) else text)
-            else:
-                cells.append("")
+            cells.append(compare(runs, a, b, list(files)))
         rows.append([f"{label(a)} − {label(b)}", *cells])
     return table(["difference in points, 95% interval; bold: claimed", *(f.replace("fresh4_", "fresh ") for f in
                                                                          FRESH_FILES), "all three"], rows)
-
-
-def distance_of(runs: dict, name: str) -> np.ndarray:
-    return np.array([numbers["forward_kl"] for numbers in seeds_with(runs, name, "distance")])
 
 
 def distance_table(runs: dict, names: list[str]) -> str:
@@ -192,12 +137,6 @@ def distance_table(runs: dict, names: list[str]) -> str:
              *(every_seed(accuracies(runs, name, "full", [file])) for file in (FRESH_FILES[0], FRESH_FILES[2]))]
             for name in names if name != "base"]
     return table(["mean (seeds)", "forward KL, nats per completion", "fresh L1, %", "fresh L3, %"], rows)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing the mean of theirs."""
-    ranks = [(v[:, None] > v).sum(axis=1) + (v[:, None] == v).sum(axis=1) / 2 for v in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def correlation_table(runs: dict, names: list[str]) -> str:
@@ -217,38 +156,6 @@ def correlation_table(runs: dict, names: list[str]) -> str:
         value = f"{rank_correlation(distance[good], l3[good]):+.2f}" if good.sum() > 2 else ""
         rows.append([kind, f"{good.sum()}", value])
     return table(["runs right on more than 80% of fresh L1", "number", "rank correlation of distance and L3"], rows)
-
-
-def incoherent(runs: dict, name: str) -> np.ndarray:
-    """Of the right answers whose reasoning concludes with an option, the percentage that does not follow from it."""
-    found = []
-    for summary in seeds_with(runs, name, "full"):
-        pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
-        concluded = [agrees for is_right, agrees in pairs if is_right == "1" and agrees != "."]
-        if concluded:
-            found.append(100 * concluded.count("0") / len(concluded))
-    return np.array(found)
-
-
-def claims(runs: dict, name: str, kind: str) -> np.ndarray:
-    """The percentage of claims of a kind that hold, on fresh questions; empty where not one in ten has any."""
-    found = []
-    for summary in seeds_with(runs, name, "full"):
-        held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
-        if made > sum(len(summary[file]["right"]) for file in FRESH_FILES) / 10:
-            found.append(100 * held / made)
-    return np.array(found)
-
-
-def looked(runs: dict, name: str, *path: str) -> np.ndarray:
-    """A number of attention.py of each seed that has it."""
-    found = []
-    for numbers in seeds_with(runs, name, "attention"):
-        for key in path:
-            numbers = (numbers or {}).get(key)
-        if numbers is not None:
-            found.append(numbers["mean"] if isinstance(numbers, dict) else numbers)
-    return np.array(found)
 
 
 def signature_table(runs: dict, names: list[str]) -> str:
@@ -281,6 +188,98 @@ def attention_table(runs: dict, names: list[str]) -> str:
                   "nats a word loses without its own frames", "without as many others"], rows)
 
 
+def compare(runs: dict, a: str, b: str, files: list[str], parts: tuple[str, str] = ("full", "full")) -> str:
+    """A difference with its interval, bold where it is claimed; nothing where it was not measured."""
+    found = difference(runs, a, b, files, parts=parts)
+    if not found:
+        return ""
+    mean, low, high, apart = found
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if apart and (low > 0 or high < 0) else text
+
+
+def varied_table(runs: dict, axes: dict, more: dict | None = None) -> str:
+    """A line for every value of every axis, compared with the base point, or where an axis has not got that with its
+    first value. more: head -> what else is shown of a run, by name."""
+    rows = []
+    for axis, values in axes.items():
+        reference = point if point in values.values() else next(iter(values.values()))
+        for value, run in values.items():
+            accuracy = [every_seed(accuracies(runs, run.name, "full", [file])) for file in FRESH_FILES]
+            against = "" if run is reference else compare(runs, run.name, reference.name, FRESH_FILES)
+            rows.append([f"{axis}: {value}", *accuracy, against, *(show(run.name) for show in (more or {}).values())])
+    return table(["accuracy in %: mean (seeds)", *(file.replace("fresh4_", "fresh ") for file in FRESH_FILES),
+                  "difference in points, all three (95% interval; bold: claimed)", *(more or {})], rows)
+
+
+def frames_table(runs: dict) -> str:
+    """S6: trained with, in lines; answering with, in columns."""
+    asked = {"16 frames": "full", "8": "frames_8", "4": "frames_4", "16, no image": "no_image"}
+    rows = []
+    for level, file in zip(("L1", "L2", "L3"), FRESH_FILES):
+        for what, name in trained_with().items():
+            rows.append([f"fresh {level}, {what}", *(every_seed(accuracies(runs, name, part, [file]))
+                                                     for part in asked.values())])
+    return table(["accuracy in %: mean (seeds)", *(f"answered with {what}" for what in asked)], rows)
+
+
+def grid_table(runs: dict) -> str:
+    """S7: accuracy over the three levels by group size, in lines, and learning rate, in columns."""
+    sizes, rates = (sorted({key[i] for key in grid if key[0] > 2}) for i in (0, 1))
+    rows = [[f"G = {size}", *(every_seed(accuracies(runs, grid[size, rate].name, "full", FRESH_FILES))
+                              for rate in rates)] for size in sizes]
+    return table(["accuracy in %, mean of the fresh levels (seeds)", *map(write_rate, rates)], rows)
+
+
+def reasoning_table(runs: dict) -> str:
+    """S9: what the rewards do to the reasoning."""
+    rows = []
+    for value, run in S9["rewards"].items():
+        name = run.name
+        gain = accuracies(runs, name, "full", FRESH_FILES) - accuracies(runs, name, "random", FRESH_FILES)
+        trained = [np.array([numbers[key] for numbers in seeds_with(runs, name, "train") if key in numbers])
+                   for key in ("process", "agreement")]
+        shares = gain, incoherent(runs, name), claims(runs, name, "step"), claims(runs, name, "count")
+        ratios = steps_per_shown(runs, name), *trained
+        rows.append([value, *(over_seeds(share) for share in shares), *(over_seeds(ratio, 2) for ratio in ratios)])
+    return table(["mean (lowest to highest)", "gain from its own videos, points",
+                  "right answers that the reasoning contradicts, %", "steps said that stand in their place, %",
+                  "number of steps right, %", "steps said for each shown", "process reward in training",
+                  "agreement reward in training"], rows)
+
+
+def habit_table(runs: dict) -> str:
+    """S10: accuracy and gain, and accuracy where the answer is the habit's and where it is not."""
+    rows = []
+    for what, values in {"base": {"": base}, **S10}.items():
+        for percent, run in values.items():
+            full, other = (accuracies(runs, run.name, part, FRESH_FILES) for part in ("full", "random"))
+            habit, others = (accuracy_where(runs, run.name, by_habit) for by_habit in (True, False))
+            again = compare(runs, run.name, f"habit{percent}", FRESH_FILES) if what == "left out" else ""
+            rows.append([f"{what}, {percent}%" if what in S10 else what, every_seed(full), every_seed(full - other),
+                         over_seeds(habit), over_seeds(others), again])
+    return table(["mean over the three fresh levels (seeds)", "accuracy, %", "gain from its own videos, points",
+                  "accuracy where the habit is right, %", "where it is wrong, %",
+                  "difference to all questions, points"], rows)
+
+
+def leave_out_table(runs: dict) -> str:
+    """S10: what is left out by one, two and three blind evaluations of the base."""
+    rows = []
+    for percent, parts in BLIND.items():
+        answers = [seeds_with(runs, "base", part, f"habit{percent}") for part in parts]
+        if not all(answers):
+            continue
+        by_habit = np.array([done in HABIT for done in steps_done(make_file(percent))])
+        right = np.array([[char == "1" for char in found[0]["right"]] for found in answers])
+        for number in range(1, len(parts) + 1):
+            left = right[:number].all(axis=0)
+            rows.append([f"{percent}%", f"{number}", f"{left.sum()} of {len(left)}",
+                         *(f"{100 * left[kind].mean():.1f}" for kind in (by_habit, ~by_habit))])
+    return table(["share answered by habit", "blind evaluations", "left out, questions with a video",
+                  "of those that the habit answers, %", "of those that need the video, %"], rows)
+
+
 def tables(runs: dict) -> dict[str, str]:
     sft, own, grpo, lora = map(chosen, ("sft", "own", "grpo", "lora"))
     return {
@@ -295,116 +294,33 @@ def tables(runs: dict) -> dict[str, str]:
         "S3": distance_table(runs, STUDIES["S3"]),
         "S3 correlations": correlation_table(runs, STUDIES["S3"]),
         "S4": signature_table(runs, STUDIES["S4"]),
-        "S4 attention": attention_table(runs, STUDIES["S1"])}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pictures: name -> what it draws, and how.
-
-def drawn_numbers(runs: dict) -> dict[str, dict]:
-    """picture -> all numbers in it; its digest is made of these."""
-    s3 = [name for name in STUDIES["S3"] if name != "base" and len(distance_of(runs, name))]
-    return {
-        "study_s1": {name: {"curves": [numbers["curve"] for numbers in seeds_with(runs, name, "train")
-                                       if "curve" in numbers],
-                            **{video: [accuracies(runs, name, video, [file]).tolist() for file in FRESH_FILES]
-                               for video in ("full", "random")}} for name in STUDIES["S1"]},
-        "study_s2": {name: {"all": accuracies(runs, name, "full", FRESH_FILES).tolist(),
-                            "L3": accuracies(runs, name, "full", FRESH_FILES[2:]).tolist()} for name in STUDIES["S2"]},
-        "study_s3": {name: {"distance": distance_of(runs, name).tolist(),
-                            "L1": accuracies(runs, name, "full", FRESH_FILES[:1]).tolist(),
-                            "L3": accuracies(runs, name, "full", FRESH_FILES[2:]).tolist()} for name in s3}}
-
-
-def digest(numbers: dict) -> str:
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
-
-
-def draw_s1(numbers: dict):
-    """Left, learning: a line for each seed. Right, bars: accuracy on fresh questions by level, an arm each; hatched, in
-    front of it, that with other videos."""
-    figure, (left, axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(1, 3))
-    for name in (chosen("grpo"), "blank"):
-        for curve in numbers[name]["curves"]:
-            x = (np.arange(len(curve)) + 0.5) / len(curve) * STEPS
-            left.plot(x, 100 * np.array(curve), color=COLOURS[arm_of(name)], linewidth=1.2)
-    left.set(xlabel="step of GRPO", ylabel="% of sampled answers right", title="Learning")
-    left.set(xlim=(0, None), ylim=(0, 118))
-
-    x, width = np.arange(3), 0.86 / len(numbers)
-    for i, (name, of_run) in enumerate(numbers.items()):
-        place = x + (i - len(numbers) / 2 + 0.5) * width
-        for video in ("full", "random"):
-            means = [np.mean(seeds) if seeds else np.nan for seeds in of_run[video]]
-            style = (dict(color=COLOURS[arm_of(name)], label=label(name)) if video == "full" else
-                     dict(color="none", edgecolor="white", hatch="/////", linewidth=0))
-            axes.bar(place, means, width * 0.92, **style)
-        for spot, seeds in zip(place, of_run["full"]):
-            axes.plot([spot] * len(seeds), seeds, "o", color="black", markersize=2)
-            if seeds:
-                axes.text(spot, max(seeds) + 2, f"{np.mean(seeds):.0f}", ha="center", fontsize=7)
-    axes.set_xticks(x, ["L1: same kitchens, same tasks", "L2: new kitchens", "L3: new kitchens, new tasks"], fontsize=8)
-    axes.set(ylabel="greedy accuracy, %", ylim=(0, 118),
-             title="Fresh questions; hatched: with the videos of other questions; dotted: chance")
-    axes.legend(loc="upper center", ncols=4, frameon=False, fontsize=7.5)
-    for panel in (left, axes):
-        panel.axhline(25, color="black", linewidth=0.8, linestyle=":")
-    return figure
-
-
-def draw_s2(numbers: dict):
-    """Dots: mean accuracy over the fresh levels, a line for each teacher, a dot for each seed; hollow: L3 by itself."""
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    numbers = {name: of_run for name, of_run in numbers.items() if of_run["all"]}
-    order = sorted(numbers, key=lambda name: np.mean(numbers[name]["all"]))
-    for y, name in enumerate(order):
-        colour, seeds, new = COLOURS.get(arm_of(name), COLOURS["sft"]), numbers[name]["all"], numbers[name]["L3"]
-        axes.hlines(y, 0, np.mean(seeds), color=colour, linewidth=1, alpha=0.5)
-        axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=5)
-        axes.plot(new, [y] * len(new), "D", color=colour, markersize=6, fillstyle="none")
-        axes.text(max(seeds) + 2, y, f"{np.mean(seeds):.0f}", va="center", fontsize=8)
-    axes.axvline(25, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(order)), [label(name) for name in order], fontsize=8)
-    axes.set(xlabel="greedy accuracy, %: dots, mean of fresh L1, L2 and L3; diamonds, L3 (new tasks)", xlim=(0, 105))
-    return figure
-
-
-def draw_s3(numbers: dict):
-    """Dots: distance from the base against accuracy on fresh L3; filled where the run is right on > 80% of L1."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    markers = {"sft": "o", "grpo": "o", "own": "s", "lora": "D", "few_grpo": "^", "half_grpo": "v", "blank": "X",
-               "kl_0.02": "P", "kl_0.1": "P", "reversed": "<", "skips": ">", "hallucinates": "h", "terse": "p",
-               "wrong": "*", "paraphrase": "d"}
-    for name, of_run in numbers.items():
-        arm, labelled = arm_of(name), False
-        colour = COLOURS.get(arm, "#c9a227")
-        for x, l1, l3 in zip(of_run["distance"], of_run["L1"], of_run["L3"]):
-            axes.plot(x, l3, markers[arm], color=colour, fillstyle="full" if l1 > 80 else "none", markersize=6,
-                      label=None if labelled else label(name))
-            labelled = True
-        if arm in ("sft", "grpo") and name != chosen(arm):
-            axes.annotate(name.removeprefix(arm + "_"), (np.mean(of_run["distance"]), np.mean(of_run["L3"])),
-                          fontsize=6, xytext=(4, 4), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_xticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
-    axes.minorticks_off()
-    axes.set(xlabel="KL(base || trained) on prompts of the training file, nats per completion",
-             ylabel="accuracy on fresh L3, %", ylim=(0, 100), title="Hollow: right on at most 80% of fresh L1")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
-    return figure
-
-
-DRAW = {"study_s1": draw_s1, "study_s2": draw_s2, "study_s3": draw_s3}
+        "S4 attention": attention_table(runs, STUDIES["S1"]),
+        "S5": varied_table(runs, {method: {f"{704 // n} questions": run for n, run in of_method.items()}
+                                  for method, of_method in (("SFT", S5["sft"]), ("GRPO", S5["grpo"]))}),
+        "S5 differences": difference_table(runs, [(S5["sft"][n].name, S5["grpo"][n].name) for n in DIVISORS]),
+        "S6": frames_table(runs),
+        "S7": varied_table(runs, S7, {
+            "forward KL, nats": lambda name: over_seeds(distance_of(runs, name)),
+            "seconds": lambda name: over_seeds(np.array([n["seconds"] for n in seeds_with(runs, name, "train")]), 0)}),
+        "S7 grid": grid_table(runs),
+        "S8": varied_table(runs, S8),
+        "S9": varied_table(runs, S9),
+        "S9 reasoning": reasoning_table(runs),
+        "S10": habit_table(runs),
+        "S10 left out": leave_out_table(runs)}
 
 
 def stale(runs: dict) -> list[str]:
-    """What in docs/ is not what these summaries give."""
+    """What stands on the pages and is not what these summaries give."""
     text, found = "".join(page.read_text() for page in PAGES), []
     for name, content in tables(runs).items():
-        if f"<!-- table {name} -->\n{content}\n<!-- end -->" not in text:
+        begin = f"<!-- table {name} -->\n"
+        if begin in text and f"{begin}{content}\n<!-- end -->" not in text:
             found.append(f"table {name}")
     for name, numbers in drawn_numbers(runs).items():
         picture = HERE / f"{name}.png"
+        if f"{name}.png" not in text:
+            continue
         if not picture.exists() or Image.open(picture).text.get("Digest") != digest(numbers):
             found.append(picture.name)
     return found
@@ -417,12 +333,11 @@ def main(folder: Path) -> None:
         place = re.compile(rf"(?<=<!-- table {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         for page in PAGES if here else ():
             page.write_text(place.sub(lambda _, content=content: content + "\n", page.read_text(), count=1))
+    shown = "".join(page.read_text() for page in PAGES)
     for name, numbers in drawn_numbers(runs).items():
-        figure = DRAW[name](numbers)
-        for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig((HERE if here else folder.parent) / f"{name}.png", dpi=160, metadata={"Digest": digest(numbers)})
-        plt.close(figure)
+        if here and f"{name}.png" not in shown:
+            continue  # a question that does not stand on the page yet
+        save(name, numbers, HERE if here else folder.parent)
 
 
 if __name__ == "__main__":

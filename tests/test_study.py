@@ -3,12 +3,14 @@ import itertools
 import json
 import math
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import arms
 import attention
 import distance
 import evaluate
 import grpo_video
+import habit
 import own_answers
 import runtime
 import sft_video
 import study
+import study_numbers
 import study_report
+import subset
 import teachers
 import tiny
 import toy
@@ -34,6 +40,7 @@ from data import build_options, load_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARIES = study_report.load(ROOT / "docs/study")
+ON_PAGE = set(re.findall(r"^## (S\d+):", (ROOT / "docs/study.md").read_text(), re.MULTILINE))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,11 +48,11 @@ SUMMARIES = study_report.load(ROOT / "docs/study")
 
 def test_rates_are_those_that_the_rule_chooses():
     for arm in study.CANDIDATES:
-        assert study.choose_rate(arm, lambda name: SUMMARIES[name][0]) == study.RATES[arm], arm
+        assert study.choose_rate(arm, lambda name: SUMMARIES[name][0]) == arms.RATES[arm], arm
 
 
 def test_the_rule_takes_the_smallest_of_equals():
-    answers = {"sft_3e-5": "110.", "sft_1e-4": "0111", "sft_3e-4": "1110"}
+    answers = {"sft_3e-5": "110.", "sft_1e-4": "0111", "sft_3e-4": "1110", "sft_1e-3": "0000", "sft_3e-3": "...1"}
     found = study.choose_rate("sft", lambda name: {"tuning": {"command": "111111", "file": {"right": answers[name]}}})
     assert found == 1e-4
 
@@ -55,20 +62,38 @@ def test_tables_and_pictures_are_those_of_the_summaries():
 
 
 def test_a_changed_summary_makes_tables_and_pictures_stale():
-    name = study.chosen("grpo")
+    name = arms.chosen("grpo")
     changed = json.loads(json.dumps(SUMMARIES))
     answers = changed[name][0]["full"][study_report.FRESH_FILES[0]]
     answers["right"] = "0" * len(answers["right"])
-    pictures = {f"{name}.png" for name in study_report.DRAW}
-    assert pictures | {"table S1", "table S2 differences"} <= set(study_report.stale(changed))
+    pictures = {f"study_{question.lower()}.png" for question in ON_PAGE - {"S4"}}  # GRPO is in all of them
+    assert pictures | {"table S1", "table S2 differences", "table S5"} <= set(study_report.stale(changed))
 
 
-def test_all_runs_are_there_of_the_commands_of_today():
+@pytest.mark.parametrize("question", [*sorted(ON_PAGE), "tuning"])
+def test_all_runs_on_the_page_are_there_of_the_commands_of_today(question):
     """A seed that is left out would be a choice; a run whose flags were changed, drawn as something that it is not."""
-    driver = study.Study(study.Setting(), 1)
-    for name in {name for names in study.STUDIES.values() for name in names}:
+    driver = study.Study(study.Setting(), 1, study.asked_parts([question]))
+    for name in arms.STUDIES[question]:
         for seed in study.seeds_of(name, study.SEEDS):
             assert not driver.missing(study.RUNS[name], seed), (name, seed)
+
+
+def test_the_order_of_questions_is_that_of_the_summaries():
+    """What the toy world draws again, steps and goals, belongs to the answers that the summaries keep."""
+    for file in study_numbers.FRESH_FILES:
+        answers = SUMMARIES["base"][0]["full"][file]
+        records = toy.make_records(file[-2:], int(file[5]))
+        records = sorted((r for r in records if r["video_basename"]), key=lambda r: str(r["sample_id"]))
+        assert [answers["goals"][ord(task) - 97] for task in answers["tasks"]] == [r["task_goal"] for r in records]
+        assert study_numbers.steps_done_in(file).tolist() == [len(r["task_progress_metadata"]) for r in records]
+
+
+def test_accuracy_where_the_habit_is_right_and_wrong_is_that_of_the_questions():
+    runs = {"x": [{"full": {file: {"right": "".join("1" if done in (1, 4) else ".0"[i % 2] for i, done in enumerate(
+        study_numbers.steps_done_in(file)))} for file in study_numbers.FRESH_FILES}}]}
+    found = [study_numbers.accuracy_where(runs, "x", by_habit).tolist() for by_habit in (True, False)]
+    assert found == [[100], [0]] and study_numbers.accuracies(runs, "x", "full", study_numbers.FRESH_FILES) == 40
 
 
 @pytest.mark.parametrize("run", study.RUNS.values(), ids=lambda run: run.name)
@@ -148,6 +173,40 @@ def told():
     """teacher -> its records, and those of the world's own."""
     own = [toy.make_sft_record(record) for record in toy.make_records("train")]
     return {"own": own, **{teacher: teachers.write_records(teacher) for teacher in study.TEACHERS}}
+
+
+@pytest.mark.parametrize("percent", arms.HABITS)
+def test_the_habit_answers_as_many_questions_as_the_file_says(percent):
+    """The habit: the recipe's second step. The world's own questions are kept as far as there are enough of a kind."""
+    own, records = toy.make_records("train"), habit.make_file(percent)
+    seen = [record for record in records if record["video_basename"]]
+    by_habit = np.mean([record["answer"] == toy.RECIPES[record["task_goal"].lower()][1] for record in seen])
+    assert by_habit == percent / 100
+    assert [record["sample_id"] for record in records] == list(range(len(own)))
+    assert len({record["video_id"] for record in records}) == len(own)
+    for group in (lambda r: r["task_goal"], lambda r: not r["video_basename"]):
+        assert Counter(map(group, records)) == Counter(map(group, own))
+    for record in records:  # as the world makes them
+        done = len(record["task_progress_metadata"])
+        recipe = toy.RECIPES[record["task_goal"].lower()]
+        assert record["answer"] == recipe[done] and set(record["negative_answers"]) == set(recipe) - {recipe[done]}
+    new = [record["video_id"] for record in records if "fresh" in record["video_id"]]
+    others = {r["video_id"] for other in arms.HABITS if other != percent for r in habit.make_file(other)}
+    assert new and not others & set(new)  # two at a time would write each other's files
+
+
+def test_parts_of_both_training_files_hold_the_same_questions(tmp_path, world):
+    ids = {}
+    for source in ("training_6k", "training_with_cot_6k"):
+        for seed in "01":
+            subset.main([str(world / f"annotations/{source}.jsonl"), "16", seed, str(tmp_path / "part.jsonl")])
+            lines = (tmp_path / "part.jsonl").read_text().splitlines(keepends=True)
+            whole = (world / f"annotations/{source}.jsonl").read_text().splitlines(keepends=True)
+            assert [line for line in whole if line in lines] == lines and len(lines) == 44
+            ids[source, seed] = [json.loads(line)["sample_id"] for line in lines]
+    (first, second), (same, _) = ([ids[source, seed] for seed in "01"] for source in (
+        "training_6k", "training_with_cot_6k"))
+    assert first == same and len(set(first) & set(second)) < 15
 
 
 def test_teachers_change_nothing_but_the_response(told):
@@ -255,6 +314,53 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     assert json.loads(file.read_text()).keys() == {"train", "full", "random", "distance", "attention"}
 
 
+def test_what_is_left_out_has_been_answered_before(tmp_path, monkeypatch):
+    """S10: the file, then the base's blind answers to it, then the training that leaves them out."""
+    setting, calls = replace(study.Setting(), out=f"{tmp_path}/out", summaries=f"{tmp_path}/summaries"), []
+
+    def call(name, command):
+        calls.append(name)
+        if command[0] == "evaluate.py":
+            (tmp_path / "out" / name.replace(" ", "/")).mkdir(parents=True)
+            (tmp_path / "out" / name.replace(" ", "/") / "samples.jsonl").touch()
+        if command[0] == "docs/habit.py":
+            (tmp_path / "out/data").mkdir(parents=True)
+            (tmp_path / "out/data/habit30.jsonl").touch()
+
+    driver = study.Study(setting, 1, study.asked_parts(["S10"]))
+    monkeypatch.setattr(driver, "call", call)
+    monkeypatch.setattr(study, "numbers_of", lambda part, folder: {})
+    driver.do(study.RUNS["habit30_left"], 0)
+    assert calls == ["habit30", "base blind30_0", "base blind30_1", "habit30_left_seed0 train",
+                     "habit30_left_seed0 full", "habit30_left_seed0 random"]
+    calls.clear()
+    driver.do(study.RUNS["habit30_left"], 1)
+    assert calls == [f"habit30_left_seed1 {part}" for part in ("train", "full", "random")]
+
+
+def test_a_question_asks_for_its_own_parts(tmp_path):
+    driver = study.Study(replace(study.Setting(), summaries=str(tmp_path)), 1, study.asked_parts(["S7"]))
+    assert [*driver.missing(arms.point, 0)] == ["train", "full", "distance"]
+    driver.asked = study.asked_parts(["S6", "grpo_2e-5"])  # by name: everything
+    assert {"frames_8", "no_image", "random", "attention", "tuning"} <= driver.missing(arms.point, 0).keys()
+    driver.asked = study.asked_parts(["tuning"])
+    assert [*driver.missing(arms.point, 0)] == ["train", "tuning"]
+
+
+@pytest.mark.parametrize("toy_world", [True, False])
+def test_every_command_of_the_study_is_one_that_its_script_takes(toy_world, capsys, monkeypatch):
+    """On real data those that ask something there."""
+    monkeypatch.setattr(runtime, "is_small", lambda model: toy_world)  # none of them has been trained here
+    where = [] if toy_world else ["--data_root", "there", "--model", "mine", "--out", "out/mine"]
+    setting = study.make_setting(study.parse(where))
+    runs = [run for run in study.RUNS.values() if toy_world or not run.toy_only]
+    for run in runs:
+        for command in study.parts(run, 0, setting).values():
+            module = SCRIPTS[command[0]]
+            runtime.parse_args(module.Args, {}, command[1:])
+    assert len(runs) > (90 if toy_world else 30)
+
+
 def test_what_another_command_left_is_moved_aside(tmp_path, monkeypatch):
     """--resume would refuse it."""
     driver = study.Study(replace(study.Setting(), out=str(tmp_path / "out"), summaries=str(tmp_path)), 1)
@@ -358,7 +464,7 @@ def test_the_comparison_on_real_data_is_the_commands_that_are_printed(tmp_path, 
         module.main(runtime.parse_args(module.Args, getattr(module, "TOY", grpo_video.TOY), command[1:]))
         capsys.readouterr()
     setting = study.make_setting(study.parse(["--model", str(model), "--data_root", str(world), "--out", str(out)]))
-    for run in map(study.RUNS.get, study.STUDIES["S1"]):
+    for run in map(study.RUNS.get, arms.STUDIES["S1"]):
         folder = out / Path(setting.folder(run, 0)).name
         for video in ("full", "random"):
             assert set(study.numbers_of(video, folder)) == {"validation_L1", "validation_L2", "validation_L3"}

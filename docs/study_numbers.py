@@ -1,0 +1,172 @@
+"""The numbers of the study (docs/study.py), computed from its summaries: accuracies, differences, intervals."""
+import functools
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from docs.arms import CANDIDATES, DIVISORS, FRESH, LEVELS, RUNS, S5, S6, chosen, measured  # noqa: E402
+from docs.habit import HABIT  # noqa: E402
+from toy import make_records  # noqa: E402
+
+LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
+LABELS = {
+    "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
+    "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
+    "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
+    "wrong": "SFT, 35% wrong", "paraphrase": "SFT, paraphrase", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1",
+    **{f"{arm}_data{n}": f"{arm.upper()}, {704 // n} questions" for arm in S5 for n in DIVISORS}}
+
+
+def arm_of(name: str) -> str:
+    """The arm of a run: without its learning rate."""
+    return re.sub(r"_\de-\d+$", "", name)
+
+
+def label(name: str) -> str:
+    """An arm's label, with the learning rate where it is not the one that was chosen."""
+    arm = arm_of(name)
+    tried = arm in CANDIDATES and name != chosen(arm)
+    return LABELS[arm] + (f", {name.removeprefix(arm)[1:]}" if tried else "")
+
+
+def load(folder: Path) -> dict[str, list[dict]]:
+    """name -> the summaries of its seeds, in order; of one that is not complete what it was tuned with alone."""
+    summaries = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    known, found = {part for summary in summaries.values() for part in summary}, defaultdict(dict)
+    for stem, summary in summaries.items():
+        name, _, seed = stem.partition("_seed")
+        if name not in RUNS or not known & set(measured(name)) <= summary.keys():  # not through yet
+            summary = {part: summary[part] for part in ("train", "tuning") if part in summary}
+        found[name][int(seed or 0)] = summary
+    return {name: [of_name[seed] for seed in sorted(of_name)] for name, of_name in found.items()}
+
+
+def seeds_with(runs: dict, name: str, part: str, file: str = "") -> list[dict]:
+    """The numbers of a part, or of one file in it, of every seed that has them."""
+    found = [summary[part] for summary in runs.get(name, ()) if part in summary]
+    return [numbers[file] for numbers in found if file in numbers] if file else found
+
+
+def right(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
+    """(seeds, questions) of 0 and 1, over several files one behind the other; (0, 0) where something is missing."""
+    of_files = [[[char == "1" for char in answers["right"]] for answers in seeds_with(runs, name, video, file)]
+                for file in files]
+    if len({len(seeds) for seeds in of_files}) != 1 or not of_files[0]:
+        return np.zeros((0, 0))
+    return np.concatenate([np.array(seeds, float) for seeds in of_files], axis=1)
+
+
+def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarray:
+    """Percent for each seed: the mean over files, which weigh the same."""
+    of_files = [right(runs, name, video, [file]) for file in files]
+    return np.mean([100 * answers.mean(axis=1) for answers in of_files], axis=0) if all(map(len, of_files)) else (
+        np.zeros(0))
+
+
+def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000, parts=("full", "full")):
+    """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
+    None where one of them has not been measured. `parts`: which evaluation of each.
+
+    The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
+    95% bootstrap interval over tasks: what is asked about one task is right or wrong together, in all files.
+    """
+    ours, theirs = (accuracies(runs, name, part, files) for name, part in zip((a, b), parts))
+    if not (len(ours) and len(theirs)):
+        return None
+    rng, means, drawn_of = np.random.default_rng(0), [], {}
+    for file in files:
+        asked = seeds_with(runs, a, parts[0], file)[0]
+        tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
+        # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
+        drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
+        times = drawn_of.setdefault(tuple(asked["goals"]), drawn)
+        values = 100 * np.subtract(*(right(runs, name, part, [file]).mean(axis=0) for name, part in zip((a, b), parts)))
+        sums, counts = np.bincount(tasks, values, num_tasks), np.bincount(tasks, minlength=num_tasks)
+        means.append((values.mean(), (times @ sums) / np.maximum(times @ counts, 1)))
+    low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
+    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
+    return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
+
+
+def distance_of(runs: dict, name: str) -> np.ndarray:
+    return np.array([numbers["forward_kl"] for numbers in seeds_with(runs, name, "distance")])
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's: the correlation of ranks, equal values sharing the mean of theirs."""
+    ranks = [(v[:, None] > v).sum(axis=1) + (v[:, None] == v).sum(axis=1) / 2 for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def incoherent(runs: dict, name: str) -> np.ndarray:
+    """Of the right answers whose reasoning concludes with an option, the percentage that does not follow from it."""
+    found = []
+    for summary in seeds_with(runs, name, "full"):
+        pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
+        concluded = [agrees for is_right, agrees in pairs if is_right == "1" and agrees != "."]
+        if concluded:
+            found.append(100 * concluded.count("0") / len(concluded))
+    return np.array(found)
+
+
+def claims(runs: dict, name: str, kind: str) -> np.ndarray:
+    """The percentage of claims of a kind that hold, on fresh questions; empty where not one in ten has any."""
+    found = []
+    for summary in seeds_with(runs, name, "full"):
+        held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
+        if made > sum(len(summary[file]["right"]) for file in FRESH_FILES) / 10:
+            found.append(100 * held / made)
+    return np.array(found)
+
+
+def looked(runs: dict, name: str, *path: str) -> np.ndarray:
+    """A number of attention.py of each seed that has it."""
+    found = []
+    for numbers in seeds_with(runs, name, "attention"):
+        for key in path:
+            numbers = (numbers or {}).get(key)
+        if numbers is not None:
+            found.append(numbers["mean"] if isinstance(numbers, dict) else numbers)
+    return np.array(found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the questions themselves say, drawn again from the toy world.
+
+def steps_done(records: list[dict]) -> list[int]:
+    """How many steps are done in each question with a video, in the order of summaries: that of their ids as text."""
+    return [len(record["task_progress_metadata"]) for record in sorted(records, key=lambda r: str(r["sample_id"]))
+            if record["task_progress_metadata"]]
+
+
+@functools.cache
+def steps_done_in(file: str) -> np.ndarray:
+    """The same of a fresh level, (questions,)."""
+    seed, level = re.fullmatch(r"fresh(\d+)_(L\d)", file).groups()
+    return np.array(steps_done(make_records(level, int(seed))))
+
+
+def steps_per_shown(runs: dict, name: str) -> np.ndarray:
+    """Steps said for each step shown, on fresh questions, of each seed."""
+    shown = sum(steps_done_in(file).sum() for file in FRESH_FILES)
+    return np.array([sum(summary[file]["claims"]["step"][1] for file in FRESH_FILES) / shown
+                     for summary in seeds_with(runs, name, "full")])
+
+
+def accuracy_where(runs: dict, name: str, by_habit: bool) -> np.ndarray:
+    """Percent right of the fresh questions whose answer is the recipe's second step, or of the others, of each seed:
+    the mean over files."""
+    chosen_ones = {file: np.isin(steps_done_in(file), HABIT) == by_habit for file in FRESH_FILES}
+    return np.mean([100 * answers[:, chosen_ones[file]].mean(axis=1) for file in FRESH_FILES
+                    if len(answers := right(runs, name, "full", [file]))] or [[]], axis=0)
+
+
+def trained_with() -> dict[str, str]:
+    """S6: what a run was trained with -> its name."""
+    return {"base": "base", **{f"trained with {n} frames": run.name for n, run in S6["frames"].items()},
+            "trained without image": S6["image"]["without"].name}
