@@ -27,9 +27,8 @@ SFT, GRPO = "sft_video.py", "grpo_video.py"
 
 TEACHERS = teachers.NAMES  # beside SFT's own, who is without fault
 CANDIDATES = {  # arm -> learning rates to choose from
-    **dict.fromkeys(("own", "wrong"), (3e-5, 1e-4, 3e-4)),
-    **dict.fromkeys(("sft", "paraphrase", "reversed", "skips", "hallucinates", "terse"),
-                    (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "sft": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), **dict.fromkeys(("own", "wrong"), (3e-5, 1e-4, 3e-4)),
+    **dict.fromkeys(("paraphrase", "reversed", "skips", "hallucinates", "terse"), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "grpo": (2e-5, 6e-5, 2e-4, 6e-4), "lora": (3e-4, 1e-3, 3e-3),
 }
 RATES = {  # what the rule chose
@@ -107,7 +106,7 @@ S4 = S3
 point = best["grpo"]
 DIVISORS = 1, 2, 4, 8, 16  # one question of so many
 FRAMES = 16, 8, 4
-HABITS = 0, 30, 60, 90  # percent of the questions that the base's habit answers
+HABITS = 0, 30, 60, 90  # percent of the questions that the base's habit answers; of the world's own file it is 40
 BLIND = {percent: tuple(f"blind{percent}_{seed}" for seed in SEEDS) for percent in HABITS[1:]}  # answers of the base
 
 S5 = {arm: {divisor: best[arm] if divisor == 1 else
@@ -127,7 +126,8 @@ S7 = {
     "updates on a rollout": {
         "1": point, "4, clip 0.2": grpo("four", "--num_updates 4"),
         "4, 0.2 below, 0.28 above": grpo("four_higher", "--num_updates 4 --clip_high 0.28"),
-        "4, no clip": grpo("four_unclipped", "--num_updates 4 --clip_low 1 --clip_high 1e9")},
+        "4, no clip": grpo("four_unclipped", "--num_updates 4 --clip_low 1 --clip_high 1e9"),
+        "4, clip 0.2, rate 1.5e-5": grpo("four_1.5e-5", "--num_updates 4", 1.5e-5)},  # as far in all, if not clipped
     "advantage": {"by std": point, "as it is": grpo("no_std", "--no_advantage_std")},
     "mean over": {"completions": point, "tokens": grpo("token_mean", "--loss_agg token_mean"),
                   "a constant": grpo("constant", "--loss_agg constant")},
@@ -152,8 +152,8 @@ S9 = {"rewards": {
     "+ both": grpo("process_agreement", "--process_weight 0.5 --agreement_weight 0.5")}}
 
 S10 = {
-    "all questions": {percent: grpo(f"habit{percent}", train_file=f"habit{percent}", toy_only=True)
-                      for percent in HABITS},
+    "all questions": {40: point} | {percent: grpo(f"habit{percent}", train_file=f"habit{percent}", toy_only=True)
+                                    for percent in HABITS},
     "left out": {percent: grpo(f"habit{percent}_left", train_file=f"habit{percent}", leave_out=BLIND[percent][:2],
                                toy_only=True) for percent in HABITS[1:]}}
 

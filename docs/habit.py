@@ -18,21 +18,21 @@ from run import write_whole  # noqa: E402
 from toy import ROOT, build, jsonl, make_records, write_pixels  # noqa: E402
 
 HABIT, OTHERS = (1, 4), (2, 3, 5)  # steps done, where the recipe's second step comes next, and where it does not
-SEEDS = 100, 3  # of further visits: from 100 + PERCENT, so that no two files have a visit in common that they write
+FIRST_SEED, NUM_SEEDS = 100, 3  # of further visits: from 100 + PERCENT on, so that no two files write the same one
 
 
-def points(percent: int, number: int) -> list[int]:
-    """How many steps are done in each of `number` questions with a video."""
+def points(percent: int, number: int, first: int) -> list[int]:
+    """How many steps are done in each of `number` questions with a video about one task. `first`: where to begin in
+    HABIT and OTHERS, another place for each task, so that over all tasks their points come equally often."""
     by_habit = round(number * percent / 100)
-    return [*itertools.islice(itertools.cycle(HABIT), by_habit),
-            *itertools.islice(itertools.cycle(OTHERS), number - by_habit)]
+    return [*itertools.islice(itertools.cycle(HABIT), first, first + by_habit),
+            *itertools.islice(itertools.cycle(OTHERS), first, first + number - by_habit)]
 
 
 def make_file(percent: int) -> list[dict]:
     """The records, in the shape of training_6k.jsonl, without pixels."""
     own = make_records("train")
-    first, number = SEEDS
-    more = (make_records("train", first + percent + i) for i in range(number))
+    more = (make_records("train", FIRST_SEED + percent + i) for i in range(NUM_SEEDS))
     there = defaultdict(list)  # (goal, steps done) -> records; the world's own first
     for record in itertools.chain(own, *more):
         there[record["task_goal"], len(record["task_progress_metadata"])].append(record)
@@ -42,8 +42,8 @@ def make_file(percent: int) -> list[dict]:
         asked[goal] += done > 0
         if not done:
             records.append(record)
-    for goal, number in asked.items():
-        records += [there[goal, done].pop(0) for done in points(percent, number)]
+    for i, (goal, number) in enumerate(asked.items()):
+        records += [there[goal, done].pop(0) for done in points(percent, number, i)]
     order = {record["video_id"]: i for i, record in enumerate(own)}
     records.sort(key=lambda record: (order.get(record["video_id"], len(own)), record["video_id"]))
     return [record | {"sample_id": i} for i, record in enumerate(records)]

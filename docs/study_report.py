@@ -291,6 +291,9 @@ def tables(runs: dict) -> dict[str, str]:
             (lora, grpo), ("blank", "base")]),
         "S2": accuracy_table(runs, [chosen(teacher) for teacher in TEACHERS], FRESH_FILES),
         "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
+        "S2 control": difference_table(runs, [
+            (name_at("sft", 1e-3), sft), (chosen("hallucinates"), name_at("sft", 1e-3)), (name_at("sft", 3e-3), sft),
+            (chosen("paraphrase"), name_at("sft", 3e-3))]),
         "S3": distance_table(runs, STUDIES["S3"]),
         "S3 correlations": correlation_table(runs, STUDIES["S3"]),
         "S4": signature_table(runs, STUDIES["S4"]),

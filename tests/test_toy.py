@@ -1,5 +1,6 @@
 """The toy world: its files are the benchmark's, its levels are disjoint from training, its videos are needed, its
 teacher tells the truth, and its base model is an ordinary folder."""
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -148,13 +149,14 @@ def test_l2_has_new_kitchens_and_l3_new_tasks_too(records):
     assert not any(new_goal in post_training.lower() for new_goal in toy.NEW_GOALS)
 
 
-def sampled_steps(steps, beats, beat_frames):
+def sampled_steps(steps, beats, beat_frames, num_frames=16):
     """The step that each sampled frame of a video shows."""
     frames = [step for step, lasts in zip(steps, beats) for _ in range(lasts * beat_frames)]
-    return tuple(frames[i] for i in sample_frames(len(frames), toy.NATIVE_FPS, toy.PIXELS)[0])
+    settings = dataclasses.replace(toy.PIXELS, num_frames=num_frames)
+    return tuple(frames[i] for i in sample_frames(len(frames), toy.NATIVE_FPS, settings)[0])
 
 
-def best_guess(goals, observe):
+def best_guess(goals, observe, num_frames=16):
     """How often the best player is right on questions with a video who knows the world and each question's goal and
     options, and of the video `observe(steps on the sampled frames)`: an enumeration of all the generator can draw."""
     answers = defaultdict(Counter)  # what the player knows -> answer -> probability
@@ -163,7 +165,7 @@ def best_guess(goals, observe):
         for done in filter(None, toy.POINTS):
             for beats, probability in toy.timelines(recipe[:done]).items():
                 for beat_frames in toy.BEAT_FRAMES:
-                    seen = observe(sampled_steps(recipe[:done], beats, beat_frames))
+                    seen = observe(sampled_steps(recipe[:done], beats, beat_frames, num_frames))
                     answers[goal, seen][recipe[done]] += probability
     return sum(max(counts.values()) for counts in answers.values()) / sum(counts.total() for counts in answers.values())
 
@@ -183,6 +185,8 @@ def test_the_video_is_needed_and_no_moment_of_it_is_enough(goals):
         assert share[name] <= 0.6 + 1e-9, share
     assert max(one_frame) <= 0.65  # whoever may choose which one
     assert share["video"] == pytest.approx(1)
+    fewer = [best_guess(goals, lambda steps: steps, num_frames) for num_frames in (8, 4)]
+    assert fewer == pytest.approx([1, 0.98], abs=0.002)  # one frame of each beat, or of every other one
 
 
 def test_two_frames_are_sampled_of_each_beat_whatever_the_video_s_length():
