@@ -184,5 +184,7 @@ def measured(name: str) -> list[str]:
 
 
 def seeds_of(name: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
-    """The base is not trained; what was only tried for its rate, and not taken, was tried with the first seed."""
-    return seeds if RUNS[name].script and name in REPORTED else seeds[:1]
+    """The base is not trained, and is one; what was only tried for its rate, and not taken, was tried with one."""
+    if not RUNS[name].script:
+        return SEEDS[:1]
+    return seeds if name in REPORTED else seeds[:1]

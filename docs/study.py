@@ -12,7 +12,8 @@ JSON file in docs/study/ that is committed: what a summary has is not run again,
 in out/study/. After a kill the same command goes on where it stopped, in the middle of a training run too (--resume). A
 part whose command is no longer the one in its summary is run again.
 
-To add a question: its runs into docs/arms.py, its table and picture into docs/study_report.py.
+To add a question: its runs into docs/arms.py, its table into docs/study_report.py, its picture into
+docs/study_pictures.py.
 
 What is trained again, on another machine say, may come out with other weights, by rounding; then nothing that was
 measured of the old ones is kept.
@@ -81,9 +82,9 @@ class Setting:
     def toy(self) -> bool:
         return self.data_root == "toy"
 
-    def world(self) -> list[str]:
-        """The end of every command: where the data is, and the user's own flags, which win."""
-        return [*([] if self.toy else ["--data_root", self.data_root]), *self.flags]
+    def complete(self, command: list[str]) -> list[str]:
+        """A command with the user's own flags, over which those that make a run what it is win, and the data root."""
+        return [command[0], *self.flags, *command[1:], *([] if self.toy else ["--data_root", self.data_root])]
 
     def folder(self, run: Run, seed: int) -> str:
         return f"{self.out}/{run.name}_seed{seed}" if run.script else f"{self.out}/{run.name}"
@@ -102,8 +103,8 @@ def file_command(name: str, seed: int, setting: Setting) -> list[str]:
     """The command that writes a training file of the study."""
     output = f"{setting.out}/data/{name}.jsonl"
     if name.startswith("own"):
-        return ["docs/own_answers.py", "--model", setting.model, "--seed", f"{seed}", "--output_file", output,
-                *setting.world()]
+        return setting.complete(["docs/own_answers.py", "--model", setting.model, "--seed", f"{seed}", "--output_file",
+                                 output])
     if name.startswith("habit"):
         return ["docs/habit.py", name.removeprefix("habit"), output]
     if part_of := re.match(r"(sft|grpo)(\d+)_seed", name):
@@ -154,7 +155,7 @@ def parts(run: Run, seed: int, setting: Setting) -> dict[str, list[str]]:
             (file,), number = files_of(run, seed, part), part.rpartition("_")[2]
             found[part] = [*evaluate, "--video", "blank", "--eval_files", setting.train_file(file), "--seed", number,
                            "--output_dir", f"{folder}/{part}"]
-    return {part: command + setting.world() for part, command in found.items()}
+    return {part: setting.complete(command) for part, command in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +267,8 @@ class Study:
         summary, wanted = self.summary(run, seed), parts(run, seed, self.setting)
         if self.asked is not None:
             wanted = {part: command for part, command in wanted.items() if part == "train" or part in self.asked}
-        if run.script and summary.get("train", {}).get("command") != shlex.join(wanted["train"]):
+        begins_anew = run.after and "train" in self.missing(RUNS[run.after], seed)
+        if run.script and (begins_anew or summary.get("train", {}).get("command") != shlex.join(wanted["train"])):
             return wanted  # what was measured of another model does not hold for this one
         return {part: command for part, command in wanted.items()
                 if summary.get(part, {}).get("command") != shlex.join(command)}
@@ -295,9 +297,12 @@ class Study:
         """Sees to it that what the base has answered is on this machine."""
         base = RUNS["base"]
         with self.lock(base.name, SEEDS[0]):
-            if not (ROOT / self.setting.folder(base, SEEDS[0]) / part / "samples.jsonl").exists() or (
-                    part in self.missing(base, SEEDS[0])):
+            if self.lacks_answers(part):
                 self.run_part(base, SEEDS[0], part, parts(base, SEEDS[0], self.setting)[part])
+
+    def lacks_answers(self, part: str) -> bool:
+        samples = ROOT / self.setting.folder(RUNS["base"], SEEDS[0]) / part / "samples.jsonl"
+        return not samples.exists() or part in self.missing(RUNS["base"], SEEDS[0])
 
     def run_part(self, run: Run, seed: int, part: str, command: list[str]) -> None:
         """Runs a part and keeps its numbers in the summary, which is begun anew for other weights."""
@@ -315,11 +320,13 @@ class Study:
         write_whole(self.summary_file(run, seed), json.dumps(summary | {part: numbers}, indent=1) + "\n")
 
     def make_file(self, name: str, seed: int) -> None:
-        file = ROOT / self.setting.out / "data" / f"{name}.jsonl"
         with self.lock(name):
-            # A teacher is written at once, and may have been changed; the others may be in use.
-            if name in TEACHERS or not file.exists():
+            if self.lacks_file(name):
                 self.call(name, file_command(name, seed, self.setting))
+
+    def lacks_file(self, name: str) -> bool:
+        """Or it may have been changed: a teacher is written at once. The others may be in use."""
+        return name in TEACHERS or not (ROOT / self.setting.out / "data" / f"{name}.jsonl").exists()
 
     def call(self, name: str, command: list[str]) -> None:
         """Runs one command to its end. RuntimeError, with its last lines, if it fails."""
@@ -368,7 +375,7 @@ class Study:
 
 
 def choose_rate(arm: str, summary_of) -> float:
-    """The learning rate of an arm by the rule above; summary_of(name) is the first seed's summary of a run."""
+    """The learning rate of an arm by the rule of docs/arms.py; summary_of(name) is what its first seed gave."""
     def right(rate: float) -> int:
         return sum(answers["right"].count("1") for key, answers in summary_of(name_at(arm, rate))["tuning"].items()
                    if key != "command")
@@ -389,7 +396,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="folder of models, samples, and of the summaries of all but the study itself")
     parser.add_argument("--budget", type=int, help="questions that each arm learns from, repetitions counted")
     parser.add_argument("--sft_batch", type=int, help="questions in a step of SFT, on real data")
-    parser.add_argument("--flags", default="", help="for every command, such as '--image_size 112 --num_frames 8'")
+    parser.add_argument("--flags", default="", help="for every command, such as '--image_size 112 --frame_cache DIR'; "
+                                                    "what a run is about stays")
     return parser.parse_args(argv)
 
 
@@ -455,14 +463,15 @@ def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> No
             done.add((run.name, seed))
             if run.after:
                 show(RUNS[run.after], seed, only_model=True)
-            for part in run.leave_out:
+            for part in filter(study.lacks_answers, run.leave_out):
                 show_part(RUNS["base"], SEEDS[0], part)
             missing = {"train": ()} | missing
         for part in missing:
             show_part(run, seed, part)
 
     def show_part(run: Run, seed: int, part: str) -> None:
-        commands = [file_command(name, seed, study.setting) for name in files_of(run, seed, part)]
+        files = filter(study.lacks_file, files_of(run, seed, part))
+        commands = [file_command(name, seed, study.setting) for name in files]
         for command in map(shlex.join, [*commands, parts(run, seed, study.setting)[part]]):
             alone = command.startswith(("attention.py", "docs/")) and not command.startswith("docs/own_answers.py")
             if command not in done:

@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from docs.arms import CANDIDATES, DIVISORS, FRESH, LEVELS, RUNS, S5, S6, chosen, measured  # noqa: E402
-from docs.habit import HABIT  # noqa: E402
+from docs.habit import HABIT, make_file  # noqa: E402
 from toy import make_records  # noqa: E402
 
 LEVEL_FILES, FRESH_FILES = ([Path(file).stem for file in files] for files in (LEVELS, FRESH))
@@ -24,7 +24,8 @@ LABELS = {
 
 def arm_of(name: str) -> str:
     """The arm of a run: without its learning rate."""
-    return re.sub(r"_\de-\d+$", "", name)
+    arm = re.sub(r"_\de-\d+$", "", name)
+    return arm if arm in CANDIDATES else name
 
 
 def label(name: str) -> str:
@@ -80,7 +81,8 @@ def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000
         return None
     rng, means, drawn_of = np.random.default_rng(0), [], {}
     for file in files:
-        asked = seeds_with(runs, a, parts[0], file)[0]
+        asked, same = (seeds_with(runs, name, part, file)[0] for name, part in zip((a, b), parts))
+        assert asked["tasks"] == same["tasks"], (a, b, file)  # the same questions
         tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
         # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
         drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
@@ -103,10 +105,22 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+def on_fresh(runs: dict, name: str) -> list[dict]:
+    """The answers of every seed that has answered the fresh files."""
+    return [answers for answers in seeds_with(runs, name, "full") if set(FRESH_FILES) <= answers.keys()]
+
+
+def gain(runs: dict, name: str, files: list[str]) -> np.ndarray:
+    """What its own videos gain it against those of other questions, in points, of each seed; empty where one of the two
+    was not measured."""
+    full, other = (accuracies(runs, name, part, files) for part in ("full", "random"))
+    return full - other if len(full) == len(other) else np.zeros(0)
+
+
 def incoherent(runs: dict, name: str) -> np.ndarray:
     """Of the right answers whose reasoning concludes with an option, the percentage that does not follow from it."""
     found = []
-    for summary in seeds_with(runs, name, "full"):
+    for summary in on_fresh(runs, name):
         pairs = [pair for file in FRESH_FILES for pair in zip(summary[file]["right"], summary[file]["agrees"])]
         concluded = [agrees for is_right, agrees in pairs if is_right == "1" and agrees != "."]
         if concluded:
@@ -117,7 +131,7 @@ def incoherent(runs: dict, name: str) -> np.ndarray:
 def claims(runs: dict, name: str, kind: str) -> np.ndarray:
     """The percentage of claims of a kind that hold, on fresh questions; empty where not one in ten has any."""
     found = []
-    for summary in seeds_with(runs, name, "full"):
+    for summary in on_fresh(runs, name):
         held, made = np.sum([summary[file]["claims"][kind] for file in FRESH_FILES], axis=0)
         if made > sum(len(summary[file]["right"]) for file in FRESH_FILES) / 10:
             found.append(100 * held / made)
@@ -138,32 +152,32 @@ def looked(runs: dict, name: str, *path: str) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # What the questions themselves say, drawn again from the toy world.
 
-def steps_done(records: list[dict]) -> list[int]:
-    """How many steps are done in each question with a video, in the order of summaries: that of their ids as text."""
-    return [len(record["task_progress_metadata"]) for record in sorted(records, key=lambda r: str(r["sample_id"]))
-            if record["task_progress_metadata"]]
-
-
 @functools.cache
-def steps_done_in(file: str) -> np.ndarray:
-    """The same of a fresh level, (questions,)."""
-    seed, level = re.fullmatch(r"fresh(\d+)_(L\d)", file).groups()
-    return np.array(steps_done(make_records(level, int(seed))))
+def steps_done_in(file: str, number: int) -> np.ndarray:
+    """How many steps are done in the first `number` questions with a video of a fresh level or of a file of S10, in the
+    order of summaries, which is that of their ids as text: (questions,)."""
+    level, habit = re.fullmatch(r"fresh(\d+)_(L\d)", file), re.fullmatch(r"habit(\d+)", file)
+    records = make_records(level[2], int(level[1])) if level else make_file(int(habit[1]))
+    asked = sorted([r for r in records if r["task_progress_metadata"]][:number], key=lambda r: str(r["sample_id"]))
+    return np.array([len(record["task_progress_metadata"]) for record in asked])
 
 
 def steps_per_shown(runs: dict, name: str) -> np.ndarray:
     """Steps said for each step shown, on fresh questions, of each seed."""
-    shown = sum(steps_done_in(file).sum() for file in FRESH_FILES)
-    return np.array([sum(summary[file]["claims"]["step"][1] for file in FRESH_FILES) / shown
-                     for summary in seeds_with(runs, name, "full")])
+    return np.array([sum(summary[file]["claims"]["step"][1] for file in FRESH_FILES)
+                     / sum(steps_done_in(file, len(summary[file]["right"])).sum() for file in FRESH_FILES)
+                     for summary in on_fresh(runs, name)])
 
 
 def accuracy_where(runs: dict, name: str, by_habit: bool) -> np.ndarray:
     """Percent right of the fresh questions whose answer is the recipe's second step, or of the others, of each seed:
     the mean over files."""
-    chosen_ones = {file: np.isin(steps_done_in(file), HABIT) == by_habit for file in FRESH_FILES}
-    return np.mean([100 * answers[:, chosen_ones[file]].mean(axis=1) for file in FRESH_FILES
-                    if len(answers := right(runs, name, "full", [file]))] or [[]], axis=0)
+    found = []
+    for file in FRESH_FILES if on_fresh(runs, name) else ():
+        answers = right(runs, name, "full", [file])
+        asked = np.isin(steps_done_in(file, answers.shape[1]), HABIT) == by_habit
+        found.append(100 * answers[:, asked].mean(axis=1))
+    return np.mean(found or [[]], axis=0)
 
 
 def trained_with() -> dict[str, str]:

@@ -42,7 +42,8 @@ def drawn_numbers(runs: dict) -> dict[str, dict]:
     def along(axes: dict) -> dict:
         return {axis: {f"{value}": levels(run.name) for value, run in values.items()} for axis, values in axes.items()}
 
-    s3 = [name for name in STUDIES["S3"] if name != "base" and len(distance_of(runs, name))]
+    s3 = [name for name in STUDIES["S3"]
+          if len(distance_of(runs, name)) and len(accuracies(runs, name, "full", FRESH_FILES))]
     return {
         "study_s1": {name: {"curves": [numbers["curve"] for numbers in seeds_with(runs, name, "train")
                                        if "curve" in numbers],
@@ -142,7 +143,8 @@ def draw_s3(numbers: dict):
     axes.minorticks_off()
     axes.set(xlabel="KL(base || trained) on prompts of the training file, nats per completion",
              ylabel="accuracy on fresh L3, %", ylim=(0, 100), title="Hollow: right on at most 80% of fresh L1")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+    if numbers:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     return figure
 
 

@@ -27,6 +27,7 @@ from docs.arms import (  # noqa: E402
     S10,
     STUDIES,
     TEACHERS,
+    Run,
     base,
     chosen,
     grid,
@@ -34,7 +35,7 @@ from docs.arms import (  # noqa: E402
     point,
     write_rate,
 )
-from docs.habit import HABIT, make_file  # noqa: E402
+from docs.habit import HABIT  # noqa: E402
 from docs.study_numbers import (  # noqa: E402
     FRESH_FILES,
     LABELS,
@@ -45,13 +46,14 @@ from docs.study_numbers import (  # noqa: E402
     claims,
     difference,
     distance_of,
+    gain,
     incoherent,
     label,
     load,
     looked,
     rank_correlation,
     seeds_with,
-    steps_done,
+    steps_done_in,
     steps_per_shown,
     trained_with,
 )
@@ -161,12 +163,11 @@ def correlation_table(runs: dict, names: list[str]) -> str:
 def signature_table(runs: dict, names: list[str]) -> str:
     rows = []
     for name in names:
-        full, other = (np.array([accuracies(runs, name, video, [file]) for file in FRESH_FILES])
-                       for video in ("full", "random"))
-        if not full.size:
+        first, _, last = (accuracies(runs, name, "full", [file]) for file in FRESH_FILES)
+        if not len(first):
             continue
         rows.append([label(name), *map(over_seeds, (
-            full[0] - full[2], full.mean(0) - other.mean(0), incoherent(runs, name), claims(runs, name, "step"),
+            first - last, gain(runs, name, FRESH_FILES), incoherent(runs, name), claims(runs, name, "step"),
             claims(runs, name, "count")))])
     return table(["mean over seeds", "drop from fresh L1 to L3, points", "gain from its own videos, points",
                   "right answers that the reasoning contradicts, %", "steps said that stand in their place, %",
@@ -176,9 +177,8 @@ def signature_table(runs: dict, names: list[str]) -> str:
 def attention_table(runs: dict, names: list[str]) -> str:
     rows = []
     for name in names:
-        gain = (accuracies(runs, name, "full", FRESH_FILES[:1]) - accuracies(runs, name, "random", FRESH_FILES[:1]))
         if seeds_with(runs, name, "attention"):
-            rows.append([label(name), over_seeds(gain), *(
+            rows.append([label(name), over_seeds(gain(runs, name, FRESH_FILES[:1])), *(
                 over_seeds(scale * looked(runs, name, *path), digits) for path, scale, digits in (
                     (("kinds", "reasoning", "vision"), 100, 1), (("kinds", "reasoning", "entropy"), 1, 2),
                     (("diagonal", "picked"), 100, 0), (("diagonal", "other_video"), 100, 0),
@@ -199,15 +199,21 @@ def compare(runs: dict, a: str, b: str, files: list[str], parts: tuple[str, str]
 
 
 def varied_table(runs: dict, axes: dict, more: dict | None = None) -> str:
-    """A line for every value of every axis, compared with the base point, or where an axis has not got that with its
-    first value. more: head -> what else is shown of a run, by name."""
+    """A line for every value of every axis, compared with the base point, whose line is the first, or where an axis has
+    not got that with the axis's first value. more: head -> what else is shown of a run, by name."""
     rows = []
+
+    def add(what: str, run: Run, reference: Run) -> None:
+        accuracy = [every_seed(accuracies(runs, run.name, "full", [file])) for file in FRESH_FILES]
+        against = "" if run is reference else compare(runs, run.name, reference.name, FRESH_FILES)
+        rows.append([what, *accuracy, against, *(show(run.name) for show in (more or {}).values())])
+
+    add("base point", point, point)
     for axis, values in axes.items():
         reference = point if point in values.values() else next(iter(values.values()))
         for value, run in values.items():
-            accuracy = [every_seed(accuracies(runs, run.name, "full", [file])) for file in FRESH_FILES]
-            against = "" if run is reference else compare(runs, run.name, reference.name, FRESH_FILES)
-            rows.append([f"{axis}: {value}", *accuracy, against, *(show(run.name) for show in (more or {}).values())])
+            if run is not point:
+                add(f"{axis}: {value}", run, reference)
     return table(["accuracy in %: mean (seeds)", *(file.replace("fresh4_", "fresh ") for file in FRESH_FILES),
                   "difference in points, all three (95% interval; bold: claimed)", *(more or {})], rows)
 
@@ -231,17 +237,37 @@ def grid_table(runs: dict) -> str:
     return table(["accuracy in %, mean of the fresh levels (seeds)", *map(write_rate, rates)], rows)
 
 
+def frames_difference_table(runs: dict) -> str:
+    """S6: what was expected of, as differences: what, (run, part) and (run, part)."""
+    _, whole, half, quarter, without = trained_with().values()
+    pairs = {"8 frames in training and test − 16 in both": (half, "frames_8", whole, "full"),
+             "4 frames in both − 16 in both": (quarter, "frames_4", whole, "full"),
+             "test with 8: trained with 8 − with 16": (half, "frames_8", whole, "frames_8"),
+             "trained with 8: test with 16 − with 8": (half, "full", half, "frames_8"),
+             "no image in training and test − image in both": (without, "no_image", whole, "full"),
+             "trained with the image: test without − with": (whole, "no_image", whole, "full")}
+    levels = [*([file] for file in FRESH_FILES), FRESH_FILES]
+    rows = [[what, *(compare(runs, a, b, files, (part, other)) for files in levels)]
+            for what, (a, part, b, other) in pairs.items()]
+    return table(["difference in points, 95% interval; bold: claimed", "fresh L1", "fresh L2", "fresh L3", "all three"],
+                 rows)
+
+
+def in_training(runs: dict, name: str, key: str, digits: int, scale: float = 1) -> str:
+    """A number of training, over seeds."""
+    found = [numbers[key] for numbers in seeds_with(runs, name, "train") if numbers.get(key) is not None]
+    return over_seeds(scale * np.array(found), digits)
+
+
 def reasoning_table(runs: dict) -> str:
     """S9: what the rewards do to the reasoning."""
     rows = []
     for value, run in S9["rewards"].items():
         name = run.name
-        gain = accuracies(runs, name, "full", FRESH_FILES) - accuracies(runs, name, "random", FRESH_FILES)
-        trained = [np.array([numbers[key] for numbers in seeds_with(runs, name, "train") if key in numbers])
-                   for key in ("process", "agreement")]
-        shares = gain, incoherent(runs, name), claims(runs, name, "step"), claims(runs, name, "count")
-        ratios = steps_per_shown(runs, name), *trained
-        rows.append([value, *(over_seeds(share) for share in shares), *(over_seeds(ratio, 2) for ratio in ratios)])
+        shares = (gain(runs, name, FRESH_FILES), incoherent(runs, name),
+                  *(claims(runs, name, kind) for kind in ("step", "count")))
+        rows.append([value, *(over_seeds(share) for share in shares), over_seeds(steps_per_shown(runs, name), 2),
+                     *(in_training(runs, name, reward, 2) for reward in ("process", "agreement"))])
     return table(["mean (lowest to highest)", "gain from its own videos, points",
                   "right answers that the reasoning contradicts, %", "steps said that stand in their place, %",
                   "number of steps right, %", "steps said for each shown", "process reward in training",
@@ -253,11 +279,11 @@ def habit_table(runs: dict) -> str:
     rows = []
     for what, values in {"base": {"": base}, **S10}.items():
         for percent, run in values.items():
-            full, other = (accuracies(runs, run.name, part, FRESH_FILES) for part in ("full", "random"))
+            full = accuracies(runs, run.name, "full", FRESH_FILES)
             habit, others = (accuracy_where(runs, run.name, by_habit) for by_habit in (True, False))
             again = compare(runs, run.name, f"habit{percent}", FRESH_FILES) if what == "left out" else ""
-            rows.append([f"{what}, {percent}%" if what in S10 else what, every_seed(full), every_seed(full - other),
-                         over_seeds(habit), over_seeds(others), again])
+            rows.append([f"{what}, {percent}%" if what in S10 else what, every_seed(full),
+                         every_seed(gain(runs, run.name, FRESH_FILES)), over_seeds(habit), over_seeds(others), again])
     return table(["mean over the three fresh levels (seeds)", "accuracy, %", "gain from its own videos, points",
                   "accuracy where the habit is right, %", "where it is wrong, %",
                   "difference to all questions, points"], rows)
@@ -270,14 +296,16 @@ def leave_out_table(runs: dict) -> str:
         answers = [seeds_with(runs, "base", part, f"habit{percent}") for part in parts]
         if not all(answers):
             continue
-        by_habit = np.array([done in HABIT for done in steps_done(make_file(percent))])
         right = np.array([[char == "1" for char in found[0]["right"]] for found in answers])
+        by_habit = np.isin(steps_done_in(f"habit{percent}", right.shape[1]), HABIT)
         for number in range(1, len(parts) + 1):
-            left = right[:number].all(axis=0)
-            rows.append([f"{percent}%", f"{number}", f"{left.sum()} of {len(left)}",
-                         *(f"{100 * left[kind].mean():.1f}" for kind in (by_habit, ~by_habit))])
-    return table(["share answered by habit", "blind evaluations", "left out, questions with a video",
-                  "of those that the habit answers, %", "of those that need the video, %"], rows)
+            out = right[:number].all(axis=0)
+            shares = [100 * out[kind].mean() for kind in (by_habit, ~by_habit)]
+            rows.append([f"{percent}%", f"{number}", *(f"{share:.1f}" for share in shares),
+                         f"{(~out).sum()} of {len(out)}", f"{100 * by_habit[~out].mean():.0f}"])
+    return table(["questions with a video that the habit answers", "blind evaluations", "of these left out, %",
+                  "of the others left out, %", "questions with a video that stay", "of which the habit answers, %"],
+                 rows)
 
 
 def tables(runs: dict) -> dict[str, str]:
@@ -302,9 +330,10 @@ def tables(runs: dict) -> dict[str, str]:
                                   for method, of_method in (("SFT", S5["sft"]), ("GRPO", S5["grpo"]))}),
         "S5 differences": difference_table(runs, [(S5["sft"][n].name, S5["grpo"][n].name) for n in DIVISORS]),
         "S6": frames_table(runs),
+        "S6 differences": frames_difference_table(runs),
         "S7": varied_table(runs, S7, {
             "forward KL, nats": lambda name: over_seeds(distance_of(runs, name)),
-            "seconds": lambda name: over_seeds(np.array([n["seconds"] for n in seeds_with(runs, name, "train")]), 0)}),
+            "tokens clipped at the end, %": lambda name: in_training(runs, name, "clip_frac", 2, 100)}),
         "S7 grid": grid_table(runs),
         "S8": varied_table(runs, S8),
         "S9": varied_table(runs, S9),

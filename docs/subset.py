@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import load_questions  # noqa: E402
 from run import write_whole  # noqa: E402
 from toy import jsonl  # noqa: E402
 
@@ -26,8 +27,12 @@ def main(argv: list[str]) -> None:
     if len(argv) != 4:
         sys.exit(__doc__)
     source, divisor, seed, output = Path(argv[0]), int(argv[1]), int(argv[2]), Path(argv[3])
-    text = source.read_text(encoding="utf-8").strip()
-    records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    load_questions(source, source.parent)  # says what is wrong with a file, and where
+    text = source.read_text(encoding="utf-8-sig").strip()
+    lines = [line for line in text.split("\n") if line.strip()]
+    records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]
+    if not all("sample_id" in record for record in records):
+        sys.exit(f"{source}: not every record has a 'sample_id', by which both files are cut alike; give each one")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, jsonl(subset(records, divisor, seed)))
 

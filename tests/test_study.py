@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import arms
 import attention
 import distance
 import evaluate
@@ -31,12 +30,14 @@ import runtime
 import sft_video
 import study
 import study_numbers
+import study_pictures
 import study_report
 import subset
 import teachers
 import tiny
 import toy
 from data import build_options, load_questions
+from docs import arms
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARIES = study_report.load(ROOT / "docs/study")
@@ -86,12 +87,16 @@ def test_the_order_of_questions_is_that_of_the_summaries():
         records = toy.make_records(file[-2:], int(file[5]))
         records = sorted((r for r in records if r["video_basename"]), key=lambda r: str(r["sample_id"]))
         assert [answers["goals"][ord(task) - 97] for task in answers["tasks"]] == [r["task_goal"] for r in records]
-        assert study_numbers.steps_done_in(file).tolist() == [len(r["task_progress_metadata"]) for r in records]
+        steps = [len(r["task_progress_metadata"]) for r in records]
+        assert study_numbers.steps_done_in(file, len(answers["right"])).tolist() == steps
+        few = [r["sample_id"] for r in toy.make_records(file[-2:], int(file[5])) if r["video_basename"]][:30]
+        of_few = [done for done, r in zip(steps, records) if r["sample_id"] in few]  # an evaluation of a part of it
+        assert study_numbers.steps_done_in(file, 30).tolist() == of_few
 
 
 def test_accuracy_where_the_habit_is_right_and_wrong_is_that_of_the_questions():
     runs = {"x": [{"full": {file: {"right": "".join("1" if done in (1, 4) else ".0"[i % 2] for i, done in enumerate(
-        study_numbers.steps_done_in(file)))} for file in study_numbers.FRESH_FILES}}]}
+        study_numbers.steps_done_in(file, 320)))} for file in study_numbers.FRESH_FILES}}]}
     found = [study_numbers.accuracy_where(runs, "x", by_habit).tolist() for by_habit in (True, False)]
     assert found == [[100], [0]] and study_numbers.accuracies(runs, "x", "full", study_numbers.FRESH_FILES) == 40
 
@@ -130,6 +135,41 @@ def test_a_difference_is_that_of_the_means():
     assert mean == pytest.approx(100 * (sum(counts["a"]) - sum(counts["b"])) / 3 / 180)
     assert low < mean < high
     assert apart == (min(counts["a"]) > max(counts["b"]) or min(counts["b"]) > max(counts["a"]))
+
+
+def test_files_weigh_the_same_and_seeds_need_not_be_as_many():
+    """By hand: 1 of 2 questions against 0 of 2, 1 of 4 against 1 of 4, and 0 of 1 against 1 of 1."""
+    def answers(*rights):
+        return {"full": {file: {"goals": ["x"], "tasks": "a" * len(right), "right": right}
+                         for file, right in zip(study_numbers.FRESH_FILES, rights)}}
+
+    runs = {"a": [answers("10", "1000", "0")], "b": [answers("00", "0100", "1"), answers("00", "0001", "1")]}
+    files = study_numbers.FRESH_FILES
+    assert study_numbers.difference(runs, "a", "b", files)[0] == pytest.approx((50 + 0 - 100) / 3)
+    assert study_numbers.accuracies(runs, "b", "full", files).tolist() == pytest.approx([(0 + 25 + 100) / 3] * 2)
+    runs["b"][0]["full"][files[0]]["tasks"] = "ab"
+    with pytest.raises(AssertionError):  # other questions
+        study_numbers.difference(runs, "a", "b", files)
+
+
+@pytest.mark.parametrize("lacking", ["random", "fresh", "questions"])
+def test_the_report_draws_what_there_is(lacking, tmp_path):
+    """Of a study that asked one question, of one on real data, of a quick one."""
+    changed = json.loads(json.dumps(SUMMARIES))
+    for summary in [summary for seeds in changed.values() for summary in seeds]:
+        if lacking == "random":
+            summary.pop("random", None)
+        for part in [summary[part] for part in arms.EVALUATIONS if part in summary]:
+            for file in set(part) - {"command"}:
+                if lacking == "fresh" and "fresh" in file:
+                    del part[file]
+                elif lacking == "questions":
+                    part[file] |= {"right": part[file]["right"][:70], "tasks": part[file]["tasks"][:70],
+                                   "agrees": part[file]["agrees"][:70]}
+    study_report.tables(changed)
+    for name, numbers in study_report.drawn_numbers(changed).items():
+        study_pictures.DRAW[name](numbers)
+    study_pictures.plt.close("all")
 
 
 def test_an_interval_covers_as_often_as_it_says():
@@ -186,6 +226,9 @@ def test_the_habit_answers_as_many_questions_as_the_file_says(percent):
     assert len({record["video_id"] for record in records}) == len(own)
     for group in (lambda r: r["task_goal"], lambda r: not r["video_basename"]):
         assert Counter(map(group, records)) == Counter(map(group, own))
+    of_points = Counter(len(record["task_progress_metadata"]) for record in seen)
+    assert of_points[1] == of_points[4] and max(of_points[n] for n in (2, 3, 5)) <= min(
+        of_points[n] for n in (2, 3, 5)) + 1
     for record in records:  # as the world makes them
         done = len(record["task_progress_metadata"])
         recipe = toy.RECIPES[record["task_goal"].lower()]
@@ -336,6 +379,14 @@ def test_what_is_left_out_has_been_answered_before(tmp_path, monkeypatch):
     calls.clear()
     driver.do(study.RUNS["habit30_left"], 1)
     assert calls == [f"habit30_left_seed1 {part}" for part in ("train", "full", "random")]
+
+
+def test_what_is_left_out_is_of_the_same_file():
+    for percent, run in arms.S10["left out"].items():
+        assert run.train_file == f"habit{percent}" and run.leave_out == (f"blind{percent}_0", f"blind{percent}_1")
+        blind = study.parts(arms.base, 0, study.Setting())
+        for part in run.leave_out:
+            assert blind[part][blind[part].index("--eval_files") + 1] == study.Setting().train_file(run.train_file)
 
 
 def test_a_question_asks_for_its_own_parts(tmp_path):
