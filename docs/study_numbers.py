@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from docs.arms import CANDIDATES, DIVISORS, FRESH, LEVELS, RUNS, S5, S6, chosen, measured  # noqa: E402
+from docs.arms import CANDIDATES, FRESH, LEVELS, RUNS, S6, chosen, measured  # noqa: E402
 from docs.habit import HABIT, make_file  # noqa: E402
 from toy import make_records  # noqa: E402
 
@@ -18,8 +18,7 @@ LABELS = {
     "base": "base", "sft": "SFT", "own": "SFT on own right answers", "grpo": "GRPO", "lora": "GRPO by LoRA",
     "few_grpo": "64 by SFT, then GRPO", "half_grpo": "half SFT, half GRPO", "blank": "GRPO on blank videos",
     "reversed": "SFT, reversed", "skips": "SFT, skips", "hallucinates": "SFT, hallucinates", "terse": "SFT, terse",
-    "wrong": "SFT, 35% wrong", "paraphrase": "SFT, paraphrase", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1",
-    **{f"{arm}_data{n}": f"{arm.upper()}, {704 // n} questions" for arm in S5 for n in DIVISORS}}
+    "wrong": "SFT, 35% wrong", "paraphrase": "SFT, paraphrase", "kl_0.02": "GRPO, KL 0.02", "kl_0.1": "GRPO, KL 0.1"}
 
 
 def arm_of(name: str) -> str:
@@ -71,28 +70,33 @@ def accuracies(runs: dict, name: str, video: str, files: list[str]) -> np.ndarra
 
 def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000, parts=("full", "full")):
     """Accuracy of a minus that of b on the same questions, in points: (mean, low, high, whether the seeds are apart);
-    None where one of them has not been measured. `parts`: which evaluation of each.
+    None where one of them has not been measured. `parts`: which evaluation of each. The interval: `contrast`."""
+    ours, theirs = (accuracies(runs, name, part, files) for name, part in zip((a, b), parts))
+    if not (len(ours) and len(theirs)):
+        return None
+    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
+    return *contrast(runs, [(1, a, parts[0]), (-1, b, parts[1])], files, draws), bool(apart)
+
+
+def contrast(runs: dict, signed: list[tuple[int, str, str]], files: list[str], draws: int = 10_000):
+    """A sum of accuracies on the same questions, each (sign, run, evaluation), in points: (mean, low, high).
 
     The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
     95% bootstrap interval over tasks: what is asked about one task is right or wrong together, in all files.
     """
-    ours, theirs = (accuracies(runs, name, part, files) for name, part in zip((a, b), parts))
-    if not (len(ours) and len(theirs)):
-        return None
     rng, means, drawn_of = np.random.default_rng(0), [], {}
     for file in files:
-        asked, same = (seeds_with(runs, name, part, file)[0] for name, part in zip((a, b), parts))
-        assert asked["tasks"] == same["tasks"], (a, b, file)  # the same questions
+        asked, *same = (seeds_with(runs, name, part, file)[0] for _, name, part in signed)
+        assert all(other["tasks"] == asked["tasks"] for other in same), (signed, file)  # the same questions
         tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
         # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
         drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
         times = drawn_of.setdefault(tuple(asked["goals"]), drawn)
-        values = 100 * np.subtract(*(right(runs, name, part, [file]).mean(axis=0) for name, part in zip((a, b), parts)))
+        values = 100 * sum(sign * right(runs, name, part, [file]).mean(axis=0) for sign, name, part in signed)
         sums, counts = np.bincount(tasks, values, num_tasks), np.bincount(tasks, minlength=num_tasks)
         means.append((values.mean(), (times @ sums) / np.maximum(times @ counts, 1)))
     low, high = np.percentile(np.mean([drawn for _, drawn in means], axis=0), (2.5, 97.5))
-    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
-    return float(np.mean([mean for mean, _ in means])), float(low), float(high), bool(apart)
+    return float(np.mean([mean for mean, _ in means])), float(low), float(high)
 
 
 def distance_of(runs: dict, name: str) -> np.ndarray:

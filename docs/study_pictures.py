@@ -27,7 +27,6 @@ from docs.study_numbers import (  # noqa: E402
     trained_with,
 )
 
-STEPS = 264  # of GRPO, in the toy world
 COLOURS = {"base": "#8a8f98", "sft": "#d98c3f", "own": "#b5563c", "grpo": "#2b6cb0", "lora": "#6b9bd1",
            "few_grpo": "#4a9a8c", "half_grpo": "#86b553", "blank": "#222222", "kl_0.02": "#7f6bc4", "kl_0.1": "#b18bd8"}
 
@@ -79,9 +78,9 @@ def draw_s1(numbers: dict):
     figure, (left, axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(1, 3))
     for name in (chosen("grpo"), "blank"):
         for curve in numbers[name]["curves"]:
-            x = (np.arange(len(curve)) + 0.5) / len(curve) * STEPS
+            x = (np.arange(len(curve)) + 0.5) / len(curve) * 100
             left.plot(x, 100 * np.array(curve), color=COLOURS[arm_of(name)], linewidth=1.2)
-    left.set(xlabel="step of GRPO", ylabel="% of sampled answers right", title="Learning")
+    left.set(xlabel="% of GRPO's steps", ylabel="% of sampled answers right", title="Learning")
     left.set(xlim=(0, None), ylim=(0, 118))
 
     x, width = np.arange(3), 0.86 / len(numbers)

@@ -44,6 +44,7 @@ from docs.study_numbers import (  # noqa: E402
     accuracy_where,
     arm_of,
     claims,
+    contrast,
     difference,
     distance_of,
     gain,
@@ -59,6 +60,7 @@ from docs.study_numbers import (  # noqa: E402
 )
 from docs.study_pictures import digest, drawn_numbers, save  # noqa: E402
 
+LEVELS_AND_ALL = [*([file] for file in FRESH_FILES), FRESH_FILES]
 PAGES = (HERE / "study.md", HERE.parent / "README.md")
 
 
@@ -126,10 +128,7 @@ def readme_table(runs: dict) -> str:
 def difference_table(runs: dict, pairs: list[tuple[str, str]]) -> str:
     rows = []
     for a, b in pairs:
-        cells = []
-        for files in (*([file] for file in FRESH_FILES), FRESH_FILES):
-            cells.append(compare(runs, a, b, list(files)))
-        rows.append([f"{label(a)} − {label(b)}", *cells])
+        rows.append([f"{label(a)} − {label(b)}", *(compare(runs, a, b, files) for files in LEVELS_AND_ALL)])
     return table(["difference in points, 95% interval; bold: claimed", *(f.replace("fresh4_", "fresh ") for f in
                                                                          FRESH_FILES), "all three"], rows)
 
@@ -218,6 +217,25 @@ def varied_table(runs: dict, axes: dict, more: dict | None = None) -> str:
                   "difference in points, all three (95% interval; bold: claimed)", *(more or {})], rows)
 
 
+def write_contrast(runs: dict, signed: list[tuple[int, Run]]) -> str:
+    """A sum of accuracies over the three levels, with its interval; nothing where one was not measured."""
+    if not all(len(accuracies(runs, run.name, "full", FRESH_FILES)) for _, run in signed):
+        return ""
+    mean, low, high = contrast(runs, [(sign, run.name, "full") for sign, run in signed], FRESH_FILES)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def data_difference_table(runs: dict) -> str:
+    """S5: SFT against GRPO at every number of questions, and how much more that is than with all of them."""
+    rows, ours, theirs = [], S5["sft"], S5["grpo"]
+    for n in DIVISORS:
+        more = [(1, ours[n]), (-1, theirs[n]), (-1, ours[1]), (1, theirs[1])]
+        rows.append([f"{704 // n}", *(compare(runs, ours[n].name, theirs[n].name, files) for files in LEVELS_AND_ALL),
+                     write_contrast(runs, more) if n > 1 else ""])
+    return table(["different questions: SFT − GRPO in points, 95% interval; bold: claimed", "fresh L1", "fresh L2",
+                  "fresh L3", "all three", "all three, more than with 704"], rows)
+
+
 def frames_table(runs: dict) -> str:
     """S6: trained with, in lines; answering with, in columns."""
     asked = {"16 frames": "full", "8": "frames_8", "4": "frames_4", "16, no image": "no_image"}
@@ -234,6 +252,10 @@ def grid_table(runs: dict) -> str:
     sizes, rates = (sorted({key[i] for key in grid if key[0] > 2}) for i in (0, 1))
     rows = [[f"G = {size}", *(every_seed(accuracies(runs, grid[size, rate].name, "full", FRESH_FILES))
                               for rate in rates)] for size in sizes]
+    rows.append(["G = 16 − G = 4", *(compare(runs, grid[16, rate].name, grid[4, rate].name, FRESH_FILES)
+                                     for rate in rates)])
+    more = [(1, grid[16, 2e-4]), (-1, grid[4, 2e-4]), (-1, grid[16, 2e-5]), (1, grid[4, 2e-5])]
+    rows.append(["the same, at 2e-4 more than at 2e-5", "", "", write_contrast(runs, more)])
     return table(["accuracy in %, mean of the fresh levels (seeds)", *map(write_rate, rates)], rows)
 
 
@@ -246,8 +268,7 @@ def frames_difference_table(runs: dict) -> str:
              "trained with 8: test with 16 − with 8": (half, "full", half, "frames_8"),
              "no image in training and test − image in both": (without, "no_image", whole, "full"),
              "trained with the image: test without − with": (whole, "no_image", whole, "full")}
-    levels = [*([file] for file in FRESH_FILES), FRESH_FILES]
-    rows = [[what, *(compare(runs, a, b, files, (part, other)) for files in levels)]
+    rows = [[what, *(compare(runs, a, b, files, (part, other)) for files in LEVELS_AND_ALL)]
             for what, (a, part, b, other) in pairs.items()]
     return table(["difference in points, 95% interval; bold: claimed", "fresh L1", "fresh L2", "fresh L3", "all three"],
                  rows)
@@ -328,7 +349,7 @@ def tables(runs: dict) -> dict[str, str]:
         "S4 attention": attention_table(runs, STUDIES["S1"]),
         "S5": varied_table(runs, {method: {f"{704 // n} questions": run for n, run in of_method.items()}
                                   for method, of_method in (("SFT", S5["sft"]), ("GRPO", S5["grpo"]))}),
-        "S5 differences": difference_table(runs, [(S5["sft"][n].name, S5["grpo"][n].name) for n in DIVISORS]),
+        "S5 differences": data_difference_table(runs),
         "S6": frames_table(runs),
         "S6 differences": frames_difference_table(runs),
         "S7": varied_table(runs, S7, {

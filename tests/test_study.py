@@ -147,6 +147,8 @@ def test_files_weigh_the_same_and_seeds_need_not_be_as_many():
     files = study_numbers.FRESH_FILES
     assert study_numbers.difference(runs, "a", "b", files)[0] == pytest.approx((50 + 0 - 100) / 3)
     assert study_numbers.accuracies(runs, "b", "full", files).tolist() == pytest.approx([(0 + 25 + 100) / 3] * 2)
+    more = [(1, "a", "full"), (-1, "b", "full"), (1, "b", "full"), (1, "b", "full")]
+    assert study_numbers.contrast(runs, more, files)[0] == pytest.approx((50 + 50 + 100) / 3)
     runs["b"][0]["full"][files[0]]["tasks"] = "ab"
     with pytest.raises(AssertionError):  # other questions
         study_numbers.difference(runs, "a", "b", files)
