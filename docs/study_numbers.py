@@ -78,20 +78,26 @@ def difference(runs: dict, a: str, b: str, files: list[str], draws: int = 10_000
     return *contrast(runs, [(1, a, parts[0]), (-1, b, parts[1])], files, draws), bool(apart)
 
 
+@functools.cache
+def draw_tasks(goals_of_files: tuple[tuple[str, ...], ...], draws: int) -> list[np.ndarray]:
+    """How often each task is drawn, (draws, tasks) for each file. Files about the same tasks share it."""
+    rng, found = np.random.default_rng(0), {}
+    return [found.setdefault(goals, rng.multinomial(len(goals), [1 / len(goals)] * len(goals), draws))
+            for goals in goals_of_files]
+
+
 def contrast(runs: dict, signed: list[tuple[int, str, str]], files: list[str], draws: int = 10_000):
     """A sum of accuracies on the same questions, each (sign, run, evaluation), in points: (mean, low, high).
 
     The mean over files of the mean over their questions; a question's value is its mean over seeds. The interval is the
     95% bootstrap interval over tasks: what is asked about one task is right or wrong together, in all files.
     """
-    rng, means, drawn_of = np.random.default_rng(0), [], {}
-    for file in files:
-        asked, *same = (seeds_with(runs, name, part, file)[0] for _, name, part in signed)
-        assert all(other["tasks"] == asked["tasks"] for other in same), (signed, file)  # the same questions
+    asked_in, means = [seeds_with(runs, *signed[0][1:], file)[0] for file in files], []
+    all_times = draw_tasks(tuple(tuple(asked["goals"]) for asked in asked_in), draws)
+    for file, asked, times in zip(files, asked_in, all_times):
+        for _, name, part in signed:  # the same questions
+            assert seeds_with(runs, name, part, file)[0]["tasks"] == asked["tasks"], (name, part, file)
         tasks, num_tasks = np.array([ord(char) - ord("a") for char in asked["tasks"]]), len(asked["goals"])
-        # How often each task is drawn: (draws, tasks). Files about the same tasks share it.
-        drawn = rng.multinomial(num_tasks, [1 / num_tasks] * num_tasks, draws)
-        times = drawn_of.setdefault(tuple(asked["goals"]), drawn)
         values = 100 * sum(sign * right(runs, name, part, [file]).mean(axis=0) for sign, name, part in signed)
         sums, counts = np.bincount(tasks, values, num_tasks), np.bincount(tasks, minlength=num_tasks)
         means.append((values.mean(), (times @ sums) / np.maximum(times @ counts, 1)))

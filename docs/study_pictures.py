@@ -194,7 +194,7 @@ def draw_s6(numbers: dict):
     right.set(xlabel="answering", xlim=(-0.5, 1.5))
     for axes in (left, right):
         axes.axhline(25, color="black", linewidth=0.8, linestyle=":")
-        axes.legend(frameon=False, fontsize=7.5, loc="lower left")
+        axes.legend(frameon=False, fontsize=7.5, loc="upper right")
     return figure
 
 
