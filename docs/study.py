@@ -395,6 +395,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="of each command, by torchrun")
     parser.add_argument("--out", help="folder of models, samples, and of the summaries of all but the study itself")
     parser.add_argument("--budget", type=int, help="questions that each arm learns from, repetitions counted")
+    parser.add_argument("--max_questions", type=int, help="of each file, in evaluations")
     parser.add_argument("--sft_batch", type=int, help="questions in a step of SFT, on real data")
     parser.add_argument("--flags", default="", help="for every command, such as '--image_size 112 --frame_cache DIR'; "
                                                     "what a run is about stays")
@@ -435,9 +436,11 @@ def make_setting(args) -> Setting:
     """ValueError for flags that would mix one study with another."""
     toy = args.data_root == "toy"
     default = Setting() if toy else Setting(budget=6000, sft_batch=128)  # the paper's
-    own = toy and args.model == "toy" and not (args.budget or args.flags)  # the study itself, or its quick form
+    # The study itself, or its quick form.
+    own = toy and args.model == "toy" and not (args.budget or args.flags or args.max_questions)
     if not (own or args.out):
-        raise ValueError("another --model, --data_root, --budget or --flags is another study: give it a folder, --out")
+        raise ValueError("another --model, --data_root, --budget, --max_questions or --flags is another study: give it "
+                         "a folder, --out")
     if toy and args.sft_batch:
         raise ValueError(f"--sft_batch {args.sft_batch}: of real data alone; the toy world's is {default.sft_batch}")
     out = args.out or default.out + ("_quick" if args.quick else "")
@@ -445,7 +448,8 @@ def make_setting(args) -> Setting:
                    budget=args.budget or default.budget // (4 if args.quick else 1),
                    summaries=default.summaries if own and not (args.quick or args.out) else f"{out}/summaries",
                    flags=tuple(shlex.split(args.flags)),
-                   sft_batch=args.sft_batch or default.sft_batch, max_questions=100 if args.quick else 0)
+                   sft_batch=args.sft_batch or default.sft_batch,
+                   max_questions=args.max_questions or (100 if args.quick else 0))
 
 
 def print_commands(study: Study, names: list[str], seeds: tuple[int, ...]) -> None:

@@ -400,6 +400,14 @@ def test_a_question_asks_for_its_own_parts(tmp_path):
     assert [*driver.missing(arms.point, 0)] == ["train", "tuning"]
 
 
+def test_the_users_flags_do_not_undo_what_a_run_is_about():
+    setting = replace(study.Setting(), data_root="there", flags=("--num_frames", "12", "--image_size", "112"))
+    for n in arms.FRAMES:
+        command = study.parts(arms.S6["frames"][n], 0, setting)["train"]
+        args = runtime.parse_args(grpo_video.Args, {}, command[1:])
+        assert (args.num_frames, args.image_size, args.data_root) == (12 if n == 16 else n, 112, "there")
+
+
 @pytest.mark.parametrize("toy_world", [True, False])
 def test_every_command_of_the_study_is_one_that_its_script_takes(toy_world, capsys, monkeypatch):
     """On real data those that ask something there."""
@@ -452,7 +460,8 @@ def test_runs_that_need_the_same_thing_make_it_once(tmp_path, monkeypatch):
 
 
 def test_another_study_needs_a_folder_of_its_own():
-    for flags in (["--budget", "88"], ["--model", "mine"], ["--flags", "--dtype float64"], ["--data_root", "there"]):
+    for flags in (["--budget", "88"], ["--model", "mine"], ["--flags", "--dtype float64"], ["--data_root", "there"],
+                  ["--max_questions", "9"]):
         with pytest.raises(ValueError, match="--out"):
             study.make_setting(study.parse(flags))
         setting = study.make_setting(study.parse([*flags, "--out", "out/other"]))
@@ -472,7 +481,7 @@ def test_a_failure_ends_the_study_and_says_where(tmp_path):
 def test_a_run_from_start_to_picture_and_again_after_a_kill(tmp_path):
     """The study in the form of a minute: one arm, trained, evaluated, measured, drawn."""
     command = [sys.executable, "docs/study.py", "--quick", "--only", "kl_0.02", "--budget", "176", "--flags",
-               "--max_questions 24", "--out", str(tmp_path / "out")]
+               "--max_questions 24", "--max_questions", "24", "--out", str(tmp_path / "out")]
     log, metrics = tmp_path / "out/logs/kl_0.02_seed0_train.txt", tmp_path / "out/kl_0.02_seed0/metrics.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
@@ -502,8 +511,8 @@ def test_the_comparison_on_real_data_is_the_commands_that_are_printed(tmp_path, 
     """Every command of S1 for a folder as it lies on the hub, in the order in which it is printed, in this process."""
     model, out = tiny.write_as_on_the_hub(tmp_path / "model"), tmp_path / "out"
     study.main(["--print", "--only", "S1", "--seeds", "0", "--model", str(model), "--data_root", str(world), "--out",
-                str(out), "--budget", "16", "--sft_batch", "4", "--flags",
-                "--image_size 56 --num_frames 4 --max_questions 6 --num_workers 0"])
+                str(out), "--budget", "16", "--sft_batch", "4", "--max_questions",
+                "6", "--flags", "--image_size 56 --num_frames 4 --max_questions 6 --num_workers 0"])
     commands = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
     scripts = [command[0] for command in commands]
     assert scripts.count("sft_video.py") == 4 and scripts.count("grpo_video.py") == 5
