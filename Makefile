@@ -6,7 +6,7 @@
 # make demo      install, train the toy world's policy by GRPO, compare it with its base on L1, L2 and L3, seeing and
 #                blind, look at where both look, and put it all on a page
 # make results   SFT, GRPO, GRPO by LoRA and GRPO on blank videos under every --video, three seeds each: docs/results.md
-# make study     the study of docs/study.md: what is missing of its runs, then tables and pictures; two hours for all
+# make study     the study of docs/study.md: what is missing of its runs, then tables and pictures; six hours for all
 # make study-quick   S1 and S2 with one seed, a quarter of the questions, in out/study_quick: eight minutes
 # make gpu       what only a GPU can tell, in half an hour on one of 80 GB, into docs/gpu.json; `make gpu PYTHON=...` picks
 #                a Python that has torch for the GPU and the other packages of requirements.txt: nothing is installed

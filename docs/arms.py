@@ -152,8 +152,9 @@ S9 = {"rewards": {
     "+ both": grpo("process_agreement", "--process_weight 0.5 --agreement_weight 0.5")}}
 
 S10 = {
-    "all questions": {40: point} | {percent: grpo(f"habit{percent}", train_file=f"habit{percent}", toy_only=True)
-                                    for percent in HABITS},
+    "all questions": {percent: point if percent == 40 else
+                      grpo(f"habit{percent}", train_file=f"habit{percent}", toy_only=True)
+                      for percent in sorted((*HABITS, 40))},
     "left out": {percent: grpo(f"habit{percent}_left", train_file=f"habit{percent}", leave_out=BLIND[percent][:2],
                                toy_only=True) for percent in HABITS[1:]}}
 

@@ -283,10 +283,10 @@ def draw_s10(numbers: dict):
             for percent, found in of_shares.items():
                 put_seeds(right, percent, found[by_habit], colour, fillstyle="full" if by_habit == "True" else "none")
     left.set(ylabel="gain from its own videos, points", ylim=(-5, 80))
-    right.set(ylabel="greedy accuracy, %", ylim=(0, 100))
+    right.set(ylabel="greedy accuracy, %", ylim=(0, 105))
     for axes in (left, right):
         axes.set_xlabel("questions of the training file that the habit answers, %")
-        axes.set_xticks([0, 30, 60, 90])
+        axes.set_xticks([0, 30, 40, 60, 90])
         axes.legend(frameon=False, fontsize=8)
     return figure
 
