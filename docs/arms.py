@@ -8,9 +8,9 @@ goes on with the model of another gets the share that this one has left.
 Learning rates: of each arm in CANDIDATES three or more, about a factor of three apart, are tried with the first seed;
 taken is the one with the most right answers on the questions of TUNING, which are about the tasks and kitchens of the
 training file and are not in it, and of equals the smallest (`choose_rate` in study.py). The choices stand in RATES, and
-a test holds them to the summaries. All other runs take the rate of their method.
+a test holds them to the summaries. All other runs take the rate of their method, unless they vary it.
 
-The final numbers are those of FRESH: nobody has seen these questions while anything could still be chosen.
+The final numbers are those of FRESH, by which no rate was chosen. S5 to S10 were designed when S1 to S4 had been seen.
 """
 import sys
 from dataclasses import dataclass
@@ -101,7 +101,8 @@ S3 = [*S1, *S2, kl, at_rate["sft"], at_rate["grpo"]]
 S4 = S3
 
 # ----------------------------------------------------------------------------------------------------------------------
-# S5 to S10: what is varied -> value -> run. All vary GRPO from one base point, one factor at a time.
+# S5 to S10: what is varied -> value -> run, one factor at a time from one base point of GRPO, but for SFT in S5, the
+# grid of S7, and S8's remedies.
 
 point = best["grpo"]
 DIVISORS = 1, 2, 4, 8, 16  # one question of so many

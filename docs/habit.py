@@ -18,7 +18,8 @@ from run import write_whole  # noqa: E402
 from toy import ROOT, build, jsonl, make_records, write_pixels  # noqa: E402
 
 HABIT, OTHERS = (1, 4), (2, 3, 5)  # steps done, where the recipe's second step comes next, and where it does not
-FIRST_SEED, NUM_SEEDS = 100, 3  # of further visits: from 100 + PERCENT on, so that no two files write the same one
+# Of further visits, from 100 + PERCENT on: files that are three percent or more apart write none twice.
+FIRST_SEED, NUM_SEEDS = 100, 3
 
 
 def points(percent: int, number: int, first: int) -> list[int]:

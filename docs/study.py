@@ -1,6 +1,6 @@
 """The study: runs what is listed in docs/arms.py, and keeps what came of it. What it found is in docs/study.md.
 
-    python docs/study.py                    # the toy world: runs what is missing, two at a time, and draws
+    python docs/study.py                    # the toy world: runs what is missing, two at a time
     python docs/study.py --only S1 -j 4     # the runs of one question, four at a time; or runs by their names
     python docs/study.py --only tuning      # of the rates: before they are chosen, no more than this
     python docs/study.py --quick            # one seed, a quarter of the questions, into out/study_quick
@@ -13,7 +13,7 @@ in out/study/. After a kill the same command goes on where it stopped, in the mi
 part whose command is no longer the one in its summary is run again.
 
 To add a question: its runs into docs/arms.py, its table into docs/study_report.py, its picture into
-docs/study_pictures.py.
+docs/study_pictures.py. `make study` runs and draws.
 
 What is trained again, on another machine say, may come out with other weights, by rounding; then nothing that was
 measured of the old ones is kept.

@@ -115,9 +115,9 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def on_fresh(runs: dict, name: str) -> list[dict]:
+def on_fresh(runs: dict, name: str, part: str = "full") -> list[dict]:
     """The answers of every seed that has answered the fresh files."""
-    return [answers for answers in seeds_with(runs, name, "full") if set(FRESH_FILES) <= answers.keys()]
+    return [answers for answers in seeds_with(runs, name, part) if set(FRESH_FILES) <= answers.keys()]
 
 
 def gain(runs: dict, name: str, files: list[str]) -> np.ndarray:
@@ -179,12 +179,12 @@ def steps_per_shown(runs: dict, name: str) -> np.ndarray:
                      for summary in on_fresh(runs, name)])
 
 
-def accuracy_where(runs: dict, name: str, by_habit: bool) -> np.ndarray:
+def accuracy_where(runs: dict, name: str, by_habit: bool, part: str = "full") -> np.ndarray:
     """Percent right of the fresh questions whose answer is the recipe's second step, or of the others, of each seed:
     the mean over files."""
     found = []
-    for file in FRESH_FILES if on_fresh(runs, name) else ():
-        answers = right(runs, name, "full", [file])
+    for file in FRESH_FILES if on_fresh(runs, name, part) else ():
+        answers = right(runs, name, part, [file])
         asked = np.isin(steps_done_in(file, answers.shape[1]), HABIT) == by_habit
         found.append(100 * answers[:, asked].mean(axis=1))
     return np.mean(found or [[]], axis=0)

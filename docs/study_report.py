@@ -239,11 +239,12 @@ def data_difference_table(runs: dict) -> str:
 def frames_table(runs: dict) -> str:
     """S6: trained with, in lines; answering with, in columns."""
     asked = {"16 frames": "full", "8": "frames_8", "4": "frames_4", "16, no image": "no_image"}
-    rows = []
-    for level, file in zip(("L1", "L2", "L3"), FRESH_FILES):
-        for what, name in trained_with().items():
-            rows.append([f"fresh {level}, {what}", *(every_seed(accuracies(runs, name, part, [file]))
-                                                     for part in asked.values())])
+    kinds = {f"fresh {level}": lambda name, part, file=file: accuracies(runs, name, part, [file])
+             for level, file in zip(("L1", "L2", "L3"), FRESH_FILES)}
+    kinds |= {f"all three, where the habit of S10 is {word}": lambda name, part, by_habit=by_habit: accuracy_where(
+        runs, name, by_habit, part) for word, by_habit in (("right", True), ("wrong", False))}
+    rows = [[f"{kind}, {what}", *(every_seed(show(name, part)) for part in asked.values())]
+            for kind, show in kinds.items() for what, name in trained_with().items()]
     return table(["accuracy in %: mean (seeds)", *(f"answered with {what}" for what in asked)], rows)
 
 
@@ -266,6 +267,7 @@ def frames_difference_table(runs: dict) -> str:
              "4 frames in both − 16 in both": (quarter, "frames_4", whole, "full"),
              "test with 8: trained with 8 − with 16": (half, "frames_8", whole, "frames_8"),
              "trained with 8: test with 16 − with 8": (half, "full", half, "frames_8"),
+             "test with 16: trained with 8 − with 16": (half, "full", whole, "full"),
              "no image in training and test − image in both": (without, "no_image", whole, "full"),
              "trained with the image: test without − with": (whole, "no_image", whole, "full")}
     rows = [[what, *(compare(runs, a, b, files, (part, other)) for files in LEVELS_AND_ALL)]
@@ -336,8 +338,8 @@ def tables(runs: dict) -> dict[str, str]:
         "tuning": tuning_table(runs),
         "S1": accuracy_table(runs, STUDIES["S1"], FRESH_FILES + LEVEL_FILES),
         "S1 differences": difference_table(runs, [
-            (sft, grpo), (own, "base"), (own, grpo), ("few_grpo", grpo), ("half_grpo", grpo), ("half_grpo", sft),
-            (lora, grpo), ("blank", "base")]),
+            (sft, grpo), (name_at("sft", 1e-3), grpo), (own, "base"), (own, grpo), ("few_grpo", grpo),
+            ("half_grpo", grpo), ("half_grpo", sft), (lora, grpo), ("blank", "base")]),
         "S2": accuracy_table(runs, [chosen(teacher) for teacher in TEACHERS], FRESH_FILES),
         "S2 differences": difference_table(runs, [(chosen(teacher), grpo) for teacher in ("sft", *TEACHERS)]),
         "S2 control": difference_table(runs, [

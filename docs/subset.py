@@ -17,7 +17,7 @@ from toy import jsonl  # noqa: E402
 
 
 def subset(records: list[dict], divisor: int, seed: int) -> list[dict]:
-    """len(records) // divisor of the records."""
+    """One of every `divisor` records, rounded down; their ids are all different."""
     ids = [record["sample_id"] for record in records]
     drawn = sorted(set(ids), key=lambda name: random.Random(f"{seed}/{name}").random())[:len(ids) // divisor]
     return [record for record in records if record["sample_id"] in drawn]

@@ -56,7 +56,7 @@ def test_flags_that_are_named_exist():
     known = {field.name for args in scripts for field in dataclasses.fields(args)}
     others = {"attention", "device", "nproc_per_node", "nnodes", "node_rank", "master_addr", "standalone", "fresh",
               "rounds", "trl", "signal", "requeue", "open", "only", "again", "dry", "index",
-              "tokens", "show", "quick", "print", "processes", "flags"}
+              "tokens", "show", "quick", "print", "processes", "flags", "out"}
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--(?:no_)?([a-z_]+)", page.read_text()):
             assert flag in known | others, f"{page.name}: --{flag}"
