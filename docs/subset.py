@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 4:
         sys.exit(__doc__)
     source, divisor, seed, output = Path(argv[0]), int(argv[1]), int(argv[2]), Path(argv[3])
-    load_questions(source, source.parent)  # says what is wrong with a file, and where
+    load_questions(source.resolve(), source.parent)  # says what is wrong with a file, and where
     text = source.read_text(encoding="utf-8-sig").strip()
     lines = [line for line in text.split("\n") if line.strip()]
     records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]

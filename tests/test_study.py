@@ -240,11 +240,12 @@ def test_the_habit_answers_as_many_questions_as_the_file_says(percent):
     assert new and not others & set(new)  # two at a time would write each other's files
 
 
-def test_parts_of_both_training_files_hold_the_same_questions(tmp_path, world):
+def test_parts_of_both_training_files_hold_the_same_questions(tmp_path, world, monkeypatch):
+    monkeypatch.chdir(world.parent)  # the study names files as they are seen from where it runs
     ids = {}
     for source in ("training_6k", "training_with_cot_6k"):
         for seed in "01":
-            subset.main([str(world / f"annotations/{source}.jsonl"), "16", seed, str(tmp_path / "part.jsonl")])
+            subset.main([f"{world.name}/annotations/{source}.jsonl", "16", seed, str(tmp_path / "part.jsonl")])
             lines = (tmp_path / "part.jsonl").read_text().splitlines(keepends=True)
             whole = (world / f"annotations/{source}.jsonl").read_text().splitlines(keepends=True)
             assert [line for line in whole if line in lines] == lines and len(lines) == 44
