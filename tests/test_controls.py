@@ -225,6 +225,7 @@ def test_training_blind_is_training_on_grey_files(tmp_path, world):
     assert relative_difference(update(tmp_path / "blind/final"), update(tmp_path / "seeing/final")) > 0.1
 
 
+@pytest.mark.slow
 def test_two_ranks_without_any_pixels_make_the_update_of_one(tmp_path, world):
     # The base has never met a prompt without an image and answers none; a little SFT on such prompts teaches it to.
     model = sft_video.main(sft_args(tmp_path / "sft", video="text_only", max_steps=8, learning_rate=1e-3))

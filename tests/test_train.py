@@ -105,7 +105,7 @@ def test_two_ranks_make_the_update_of_one(one_process_run, tmp_path):
     assert relative_difference(update(tmp_path / "two/final"), update(one_process_run / "final")) < 1e-9
 
 
-@pytest.mark.parametrize("naive", ["False", "True"])
+@pytest.mark.parametrize("naive", ["False", pytest.param("True", marks=pytest.mark.slow)])
 def test_ranks_agree_on_an_untied_model_with_several_end_tokens(tmp_path, world, naive):
     # As hub folders are: the generation config lists two end tokens, the config one. All ranks must know both.
     # The embedding is gathered for each call, so that all ranks must call it equally often.
@@ -375,6 +375,7 @@ def test_unreadable_videos_weigh_nothing_and_are_counted(tmp_path, world):
     assert relative_difference(update(tmp_path / "two/final"), update(tmp_path / "one/final")) < 1e-9
 
 
+@pytest.mark.slow
 def test_sft_ranks_with_less_to_learn_keep_pace(tmp_path, world):
     # Rank 1 has no micro-batch, rank 0 has two: unmatched collectives would hang here.
     root = small_world(tmp_path / "data", world, keep=4)
