@@ -32,10 +32,10 @@ FRESH = $(foreach level,L1 L2 L3,annotations/fresh3_$(level).jsonl)
 	touch $@
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not slow and not faults and not page" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not page" tests
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow tests
 
 test-faults: .venv/dev
 	$(BIN)/python -m pytest -q -m faults tests

@@ -42,6 +42,9 @@ Memory: of one layer's attention a chunk of 64 queries exists at a time, (H, 64,
 kept are its sums over halves of time steps, (L, H, C, 2F + 1) float32, of one question. For 7B, 16 frames of 252 pixels
 and 256 tokens that is 3 x 8 MB and 14 MB; all of its attention, (L, H, T, T), would be 4 GB.
 
+Of Qwen3.5 the layers are those with attention, one of four. What the others remember of the video no share tells, and
+nothing is hidden from them: `hiding` is then what is lost without attention, and less than all that was seen there.
+
 Letters: L layers, H heads of size d, P prompt tokens, C completion tokens, T = P + C - 1, F time steps of the video.
 """
 import base64
@@ -61,6 +64,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+import deltanet
 import runtime
 from data import (
     ANSWER_BLOCK,
@@ -73,7 +77,16 @@ from data import (
     named_by_text,
     reasoning_clauses,
 )
-from model import append_text, collate_prompts, embed_prompts, end_token_ids, text_states, token_logps, vision_token_ids
+from model import (
+    Packing,
+    append_text,
+    collate_prompts,
+    embed_prompts,
+    end_token_ids,
+    text_states,
+    token_logps,
+    vision_token_ids,
+)
 from run import open_folder, write_whole
 from runtime import RunArgs, arg
 from sampler import generate
@@ -125,9 +138,11 @@ class Recorder:
                  heads: Tensor | None = None):
         self.first, self.columns, self.hidden, self.heads = first, columns, hidden, heads
         self.sums, self.entropies = defaultdict(list), defaultdict(list)  # layer -> its chunks
+        self.numbers = {}  # layer -> its number among those with attention
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(H, T, d) and (H_kv, T, d) twice -> (T, H, d)."""
+        layer = self.numbers.setdefault(layer, len(self.numbers))
         key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
         # Nothing is hidden from the prompt. Four dimensions: of three the kernel would write down (H, P, P).
         prompt = [x[None, :, :self.first] for x in (query, key, value)]
@@ -172,7 +187,9 @@ def forced_pass(sampler, example: Example, ids: Tensor, embeds: Tensor | None = 
     positions = torch.cat([prompt.position_ids, positions], dim=1)[:, None]  # (3, 1, T)
     what = {name: torch.as_tensor(value, device=sampler.device) for name, value in what.items()}
     recorder = Recorder(len(prompt.ids) - 1, **what)
-    hidden = text_states(sampler, append_text(embeds, own)[None], positions, recorder.attend)[0, recorder.first:]
+    row = Packing(torch.tensor([positions.shape[2]], device=ids.device))
+    hidden = text_states(sampler, append_text(embeds, own)[None], positions, recorder.attend,
+                         lambda module, *inputs: deltanet.run_rows(module, row, *inputs)[0])[0, recorder.first:]
     logps, _ = token_logps(hidden, sampler.lm_head.weight, ids, banned_ids=vision_token_ids(sampler, ids.device))
     return logps.cpu(), recorder
 
@@ -420,7 +437,7 @@ def look(args: Args, questions: list[Question], shown: dict[str, list[str]], dev
                          "`python data.py` says what cannot be read")
     table = {"model": args.model, "unreadable": len(questions) - len(pairs), **summarise([one for one, _ in pairs])}
     text, index = sampler.config.text_config, {question.id: i for i, question in enumerate(questions)}
-    shape = text.num_hidden_layers, text.num_attention_heads
+    shape = deltanet.layer_kinds(text).count("full_attention"), text.num_attention_heads
     by = next((key for key in ("diagonal", "place") if table[key]), "all")
     picked = [one["heads", by] for one, _ in pairs if ("heads", by) in one] or [np.full(shape, 1 / math.prod(shape))]
     samples = [sample(sampler, dataset[0, index[one["id"]]], ids, one, one.get(("heads", by), np.mean(picked, 0)))

@@ -14,7 +14,7 @@ From the place where a video becomes tokens, `VideoDataset.__getitem__`, to the 
 
 Letters: P prompt tokens, F frames, S vision patches.
 References: SEED-Bench-R1 (arXiv 2503.24376), LongVideoBench (arXiv 2407.15754), Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL
-(arXiv 2502.13923), Qwen3-VL (arXiv 2511.21631).
+(arXiv 2502.13923), Qwen3-VL (arXiv 2511.21631); Qwen3.5 has no paper, and reads as Qwen3-VL does.
 """
 import argparse
 import atexit
@@ -82,10 +82,16 @@ class Family:
     system: str  # the system line of every prompt, as in the chat template; "": none
     timestamps: bool  # True: "<1.3 seconds>" in words before the tokens of each time step
     tokens_per_second: float  # positions to a second of video, as config.json has it; 0: a time step is one position
+    opening: str = ""  # what the chat template writes behind the header of the assistant turn
 
     @property
     def token_size(self) -> int:
         return self.patch_size * MERGE_SIZE
+
+    @property
+    def begun(self) -> str:
+        """The part of the opening that belongs to the answer: not a block that is closed in it."""
+        return "" if "</think>" in self.opening else self.opening
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -94,6 +100,7 @@ FAMILIES = {  # model_type of config.json: what it reads
     "qwen2_vl": Family(14, CLIP_MEAN, CLIP_STD, SYSTEM, timestamps=False, tokens_per_second=0),
     "qwen2_5_vl": Family(14, CLIP_MEAN, CLIP_STD, SYSTEM, timestamps=False, tokens_per_second=2),
     "qwen3_vl": Family(16, HALF, HALF, "", timestamps=True, tokens_per_second=0),
+    "qwen3_5": Family(16, HALF, HALF, "", timestamps=True, tokens_per_second=0, opening="<think>\n"),
 }
 
 
@@ -148,6 +155,7 @@ class Example:
     video_grid_thw: Tensor | None = None  # (1, 3) int64
     pixel_values: Tensor | None = None  # the same of the image
     image_grid_thw: Tensor | None = None  # (1, 3) int64
+    begun: str = ""  # what of the answer the prompt has already: "<think>\n" of Qwen3.5 from 4B on
     error: str = ""  # why the pixels could not be read; then P is 0 and there are none
 
 
@@ -213,6 +221,7 @@ class VideoDataset(torch.utils.data.Dataset):
                 example.pixel_values, example.image_grid_thw = patchify(image, self.family)
         grids = example.video_grid_thw, example.image_grid_thw
         example.prompt_ids = encode_prompt(self.tokenizer, self.family, text, *grids, seconds)
+        example.begun = self.family.begun
         pad_ids = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
         example.position_ids = rope_positions(example.prompt_ids, vision_runs(self.family, *grids),
                                               time_step(self.family, seconds), *pad_ids)
@@ -378,7 +387,7 @@ def encode_prompt(tokenizer, family: Family, text: str, video_grid_thw: Tensor |
     if image_grid_thw is not None:
         image = "<|vision_start|>" + "<|image_pad|>" * num_tokens(image_grid_thw) + "<|vision_end|>"
     system = f"<|im_start|>system\n{family.system}<|im_end|>\n" if family.system else ""
-    prompt = f"{system}<|im_start|>user\n{video}{image}{text}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = f"{system}<|im_start|>user\n{video}{image}{text}<|im_end|>\n<|im_start|>assistant\n{family.opening}"
     return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 

@@ -38,7 +38,7 @@ from data import Example, VideoDataset, file_names, first_letter, grade, load_qu
 from model import collate_prompts, end_token_ids, vision_token_ids
 from run import open_folder, write_whole
 from runtime import RunArgs, arg
-from sampler import completion_text, generate
+from sampler import answer_texts, generate
 
 PARSERS = {"strict": parse_answer, "first_letter": first_letter}
 
@@ -127,8 +127,8 @@ def answer(examples: list[Example], tokenizer, sampler, args: Args) -> list[tupl
     completions = generate(sampler, collate_prompts(examples, sampler.device), 1, args.max_completion_length,
                            temperature=0.0, seeds=None, end_ids=end_ids, banned_ids=banned_ids)
     runtime.require_finite("log-probs", completions.logps, examples)
-    return [(completion_text(tokenizer, ids, length, ended), length, not ended)
-            for ids, length, ended in zip(completions.ids, completions.lengths.tolist(), completions.ended.tolist())]
+    ids, lengths, ended, _ = completions
+    return list(zip(answer_texts(tokenizer, examples, ids, lengths, ended), lengths.tolist(), (~ended).tolist()))
 
 
 def make_record(example: Example, response: str, length: int, truncated: bool, args: Args) -> dict:

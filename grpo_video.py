@@ -55,7 +55,7 @@ from data import Example, grade, make_loader, step_batch
 from model import collate_prompts, end_token_ids, mask_from_lengths, vision_token_ids
 from run import Run
 from runtime import TrainArgs, arg
-from sampler import Completions, completion_text, generate
+from sampler import Completions, answer_texts, generate
 
 
 @dataclass
@@ -293,8 +293,8 @@ def main(args: Args) -> Path:
 
         # 2 reward
         run.phase("score")
-        rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
-        answers = [(completion_text(tokenizer, *row), readable[n // args.group_size]) for n, row in enumerate(rows)]
+        texts = answer_texts(tokenizer, readable, rollout.completion_ids, rollout.lengths, rollout.ended)
+        answers = [(text, readable[n // args.group_size]) for n, text in enumerate(texts)]
         values = {name: [reward(*answer) for answer in answers] for name, (_, reward) in table.items()}  # N each
         terms = {name: torch.tensor([value or 0.0 for value in column], dtype=torch.float32, device=device)  # (N,) each
                  for name, column in values.items()}

@@ -1,4 +1,4 @@
-"""From prompts to log-probs: Qwen2-VL, Qwen2.5-VL or Qwen3-VL under plain torch.
+"""From prompts to log-probs: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 under plain torch.
 
 From top to bottom: a batch of prompts, the log-prob of a token, the policy (first the plain way, a row for each
 completion), the same with each prompt in the sequence once, and the seam where attention is changed. Nothing of
@@ -9,6 +9,7 @@ size, H heads of size d (keys and values: H_kv). Packed, that is without padding
 K is 0, or of Qwen3-VL the number of text layers behind which there is more to see (DeepStack, arXiv 2406.04334).
 """
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import deltanet
 from data import FAMILIES, Example, normalise, patchify
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,8 @@ class Policy(nn.Module):
         own_embeds = self.qwen.get_input_embeddings()(completion_ids[completion_mask])  # (M, D)
         embeds = append_text(embed_prompts(self.qwen, prompts), own_embeds)[None]  # (1, T, 1 + K, D)
         position_ids = torch.cat([prompts.position_ids, own_positions], dim=1)[:, None]  # (3, 1, T)
-        return text_states(self.qwen, embeds, position_ids, shared.attend)[0].index_select(0, shared.predictors)
+        hidden = text_states(self.qwen, embeds, position_ids, shared.attend, partial(deltanet.continue_prompts, shared))
+        return hidden[0].index_select(0, shared.predictors)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,9 +282,10 @@ def repeat_heads(query: Tensor, *tensors: Tensor) -> list[Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The seam. Hugging Face's layers do all that is done token by token (projections, rotations, MLPs); which token sees
 # which is decided by `attend(layer, query, key, value)`, the place to record or change attention. There are three:
-# SharedPrompts.attend (learning), GroupCache.attend (a new token) and attend_causally (prompts, in both).
+# SharedPrompts.attend (learning), GroupCache.attend (a new token) and attend_causally (prompts, in both). Layers of
+# Qwen3.5 that have no attention ask `delta`, all about which is in deltanet.py.
 
-def text_states(qwen: PreTrainedModel, embeds: Tensor, position_ids: Tensor, attend=None) -> Tensor:
+def text_states(qwen: PreTrainedModel, embeds: Tensor, position_ids: Tensor, attend=None, delta=None) -> Tensor:
     """The text model's last states (N, T, D) of N rows of T tokens, embeds (N, T, 1 + K, D) at position_ids (3, N, T).
 
     A token sees its row up to itself (padding stands on the right, so there is no mask). With `attend` N is 1, and it
@@ -299,7 +303,7 @@ def text_states(qwen: PreTrainedModel, embeds: Tensor, position_ids: Tensor, att
     extra = {"deepstack_visual_embeds": [x.flatten(0, 1) for x in deepstack],
              "visual_pos_masks": everywhere} if deepstack else {}
     return qwen.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False, attend=attend,
-                                     **extra).last_hidden_state
+                                     delta=delta, **extra).last_hidden_state
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **kwargs):
@@ -316,4 +320,5 @@ def use_our_attention(qwen: PreTrainedModel) -> PreTrainedModel:
     ALL_ATTENTION_FUNCTIONS.register("shared_prompts", attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("shared_prompts", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     qwen.model.language_model.config._attn_implementation = "shared_prompts"
+    deltanet.add_seam(qwen)
     return qwen

@@ -43,6 +43,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import cached_file
 
+import deltanet
 import lora
 from data import (
     FAMILIES,
@@ -90,7 +91,7 @@ def arg(default, meaning: str, least: float | None = None, most: float | None = 
 @dataclass
 class RunArgs:
     """What trainers and evaluation have in common. ValueError for a number outside its range."""
-    model: str = arg("toy", "local folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; 'toy' is the tiny one here")
+    model: str = arg("toy", "folder or hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; 'toy': the tiny one here")
     data_root: str = arg("toy", "folder with annotations/, videos/, images/; 'toy' builds the toy world on first use")
     output_dir: str = arg("out/run", "what the run writes goes here; a run that is there already is moved aside")
     resume: bool = arg(False, "continue what is in output_dir; where there is nothing, begin")
@@ -100,7 +101,7 @@ class RunArgs:
     num_frames: int = arg(16, "most frames of a video, even", least=2)
     min_frames: int = arg(4, "fewest frames of a video, even", least=2)
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
-    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, for Qwen3-VL of 32")
+    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, of Qwen3-VL and 3.5 of 32")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
@@ -343,6 +344,9 @@ def watch(pipe: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading and sharding.
 
+OPENINGS = "<think>\n", "<think>\n\n</think>\n\n"
+
+
 def load_config(model: str):
     """The config of --model; ValueError if it is another kind of model. No code from the hub is ever run."""
     try:
@@ -357,7 +361,8 @@ def load_config(model: str):
 def load_family(model: str) -> Family:
     """What the family of --model reads; ValueError if its patches or tokens are of another size than a release's.
 
-    tokens_per_second is that of the config: transformers' class has 4, all releases 2.
+    tokens_per_second is that of the config: transformers' class has 4, all releases 2. The opening is that of the chat
+    template: Qwen3.5 has two.
     """
     config = load_config(model)
     family, vision = FAMILIES[config.model_type], config.vision_config
@@ -366,7 +371,33 @@ def load_family(model: str) -> Family:
         raise ValueError(f"--model {model}: patches of {found[0]} pixels and {found[1]} frames, {found[2]} to a side "
                          f"of a token; a {config.model_type} must have {family.patch_size}, {TEMPORAL_PATCH_SIZE} and "
                          f"{MERGE_SIZE}, or a line of its own in FAMILIES (data.py)")
-    return replace(family, tokens_per_second=family.tokens_per_second and vision.tokens_per_second)
+    return replace(family, tokens_per_second=family.tokens_per_second and vision.tokens_per_second,
+                   opening=family.opening and read_opening(model))
+
+
+def read_opening(model: str) -> str:
+    """With what the chat template of --model begins an answer; ValueError if it is neither of the two that we know.
+
+    Qwen3.5 from 4B on opens a block for its thoughts. 0.8B and 2B close it at once, and answer without, or where the
+    question asks for reasoning, as here, with a block of their own.
+    """
+    chat = render_chat(model, transformers.AutoTokenizer.from_pretrained(model))
+    opening = chat.rpartition("<|im_start|>assistant\n")[2]
+    if opening not in OPENINGS:
+        raise ValueError(f"--model {model}: its chat template begins an answer with {opening!r}; "
+                         f"this code knows {' and '.join(map(repr, OPENINGS))}")
+    return opening
+
+
+def render_chat(model: str, tokenizer) -> str:
+    """What the chat template of --model makes of "Hello"; "" without one, ValueError where it does not run."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True,
+                                             tokenize=False)
+    except Exception as error:  # it is a program, and may raise whatever it likes
+        raise ValueError(f"--model {model}: its chat template does not run: {error}") from error
 
 
 def load_tokenizer(model: str):
@@ -382,16 +413,11 @@ def load_tokenizer(model: str):
         if found != wanted:
             raise ValueError(f"--model {model}: {token} is token {found} of its tokenizer and {wanted} of its config; "
                              "take both from one model")
-    if tokenizer.chat_template:
-        wanted = encode_prompt(tokenizer, FAMILIES[config.model_type], "Hello")
-        try:
-            found = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True,
-                                                  return_dict=False)
-        except Exception as error:  # it is a program, and may raise whatever it likes
-            raise ValueError(f"--model {model}: its chat template does not run: {error}") from error
-        if found != wanted.tolist():
-            raise ValueError(f"--model {model}: its chat template writes {tokenizer.decode(found)!r}, and this code "
-                             f"{tokenizer.decode(wanted)!r}; take an -Instruct model")
+    wanted = tokenizer.decode(encode_prompt(tokenizer, load_family(model), "Hello"))
+    found = render_chat(model, tokenizer)
+    if found not in ("", wanted):
+        raise ValueError(f"--model {model}: its chat template writes {found!r}, and this code {wanted!r}; take an "
+                         "-Instruct model")
     return tokenizer
 
 
@@ -458,7 +484,12 @@ def shard(policy: Policy, device: torch.device) -> None:
         for unit in qwen.model.visual.blocks:
             fully_shard(unit, mesh=mesh, mp_policy=uncast)
         for unit in (qwen.model.visual, *qwen.model.language_model.layers):
-            fully_shard(unit, mesh=mesh, mp_policy=mixed)
+            wide = deltanet.float32_weights(unit)
+            fully_shard(unit, mesh=mesh, mp_policy=mixed, ignored_params=wide)
+            if wide:  # a unit of their own, which is not cast
+                others = set(unit.linear_attn.parameters()) - wide
+                fully_shard(unit.linear_attn, mesh=mesh, mp_policy=replace(uncast, param_dtype=None),
+                            ignored_params=others)
         embedding = qwen.get_input_embeddings()
         # Gathered at each call, so that all ranks must call it equally often; --naive does so for each row.
         if embedding.weight is not qwen.lm_head.weight and not policy.naive:
@@ -601,8 +632,9 @@ def load_training_set(args, tokenizer, for_sft: bool) -> tuple[VideoDataset, int
     check_for_sft(questions, args.train_file, for_sft)
     if dist.get_rank() == 0 and any(question.options and (question.goal or question.part) for question in questions):
         print(f"!!! {args.train_file} is an evaluation file: it cannot evaluate what was trained on it !!!")
-    questions = leave_out(questions, args.leave_out)
-    dataset = VideoDataset(questions, tokenizer, load_family(args.model), args.pixel_settings(), args.seed, args.video)
+    family, questions = load_family(args.model), leave_out(questions, args.leave_out)
+    questions = [rest_of_response(question, family.begun) for question in questions]
+    dataset = VideoDataset(questions, tokenizer, family, args.pixel_settings(), args.seed, args.video)
     longest = max((question.response for question in questions), key=len)
     check_length(args, dataset, len(tokenizer(longest)["input_ids"]) if for_sft else args.max_completion_length)
     if dist.get_rank() == 0:
@@ -618,6 +650,18 @@ def check_length(args, dataset: VideoDataset, completion_length: int) -> None:
         raise ValueError(f"--num_frames {args.num_frames} --image_size {args.image_size}: prompts of up to "
                          f"{prompt_length} tokens, and {completion_length} of a completion, are more than the {limit} "
                          f"that {args.model} was made for; take fewer frames, or smaller ones")
+
+
+def rest_of_response(question: Question, begun: str) -> Question:
+    """The question with what is left to learn of its response where the prompt has begun it, with <think>; ValueError if
+    it does not begin so."""
+    if not (begun and question.response):
+        return question
+    before, tag, rest = question.response.partition(begun.strip())
+    if before.strip() or not tag:
+        raise ValueError(f"question {question.id}: the prompts of this model end in {begun!r}, so a response must "
+                         f"begin with {begun.strip()!r}; this one begins with {question.response[:40]!r}")
+    return replace(question, response=rest.lstrip())
 
 
 def check_for_sft(questions: list[Question], file: str, for_sft: bool) -> None:

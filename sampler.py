@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import deltanet
+from data import Example
 from model import Packing, Prompts, attend_causally, embed_prompts, mask_from_lengths, text_states
 
 
@@ -95,33 +97,47 @@ def draw(probs: Tensor, u: Tensor, size: int = 128) -> Tensor:
     return (block * size + token)[:, 0].clamp_(max=probs.shape[1] - 1)
 
 
-def completion_text(tokenizer, ids: Tensor, length: int, ended: bool) -> str:
-    """The text of one completion (C,) without its end token. Other special tokens stay visible: they are mistakes."""
-    return tokenizer.decode(ids[:length - ended].tolist(), skip_special_tokens=False)
+def answer_texts(tokenizer, examples: list[Example], ids: Tensor, lengths: Tensor, ended: Tensor) -> list[str]:
+    """N answers, G for each example: what its prompt has begun, and a completion of `ids` (N, C) without its end token.
+    Other special tokens stay visible: they are mistakes."""
+    owners = [example for example in examples for _ in range(len(ids) // len(examples))]
+    return [example.begun + tokenizer.decode(row[:length - end].tolist(), skip_special_tokens=False)
+            for example, row, length, end in zip(owners, ids, lengths.tolist(), ended.tolist())]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cache: a prompt's keys and values once for the rows of its group, a completion's row by row.
+# The cache: of each layer a prompt's keys and values once for the rows of its group, a completion's row by row.
+
+class KeysAndValues:
+    """Those of a layer: of B prompts, and of the R rows that continue them, in tensors of full size from the start."""
+
+    def __init__(self, config, B: int, P: int, R: int, C: int, dtype: torch.dtype, device: torch.device):
+        heads = config.num_key_value_heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        self.prompt_keys, self.prompt_values = zeros(B, heads, P, d), zeros(B, heads, P, d)
+        self.own_keys, self.own_values = zeros(R, heads, C, d), zeros(R, heads, C, d)
+
+    def keep(self, rows: Tensor, groups: Tensor) -> None:
+        self.own_keys, self.own_values = self.own_keys[rows], self.own_values[rows]
+        self.prompt_keys, self.prompt_values = self.prompt_keys[groups], self.prompt_values[groups]
+
 
 class GroupCache:
-    """Keys and values of B prompts and of the rows that continue them, in tensors of full size from the start."""
+    """What each layer keeps of B prompts and of G rows that continue each: keys and values, or of Qwen3.5 a state."""
 
     def __init__(self, sampler, B: int, P: int, G: int, C: int, device: torch.device):
         self.sampler, self.B, self.G = sampler, B, G  # both shrink when rows leave
         config = sampler.config.text_config
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        zeros = partial(torch.zeros, device=device)
-        self.column = zeros(1, dtype=torch.int64)  # of a completion, where the next token goes
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)  # of a completion, where the next token goes
         self.columns = torch.arange(C, device=device)
         self.width = 0  # how many columns are read: those in use, or in a graph, which has one shape, all
-        self.first_position = zeros(B * G, dtype=torch.int64)
-        self.prompt_mask = zeros(B, P, dtype=torch.bool)
-        # Zeros, not empty: a column that nobody has written has weight 0, and 0 * NaN is NaN.
-        self.prompt_keys, self.prompt_values = (
-            [zeros(B, heads, P, d, dtype=sampler.dtype) for _ in range(layers)] for _ in range(2))
-        self.own_keys, self.own_values = (
-            [zeros(B * G, heads, C, d, dtype=sampler.dtype) for _ in range(layers)] for _ in range(2))
+        self.first_position = torch.zeros(B * G, dtype=torch.int64, device=device)
+        self.prompt_mask = torch.zeros(B, P, dtype=torch.bool, device=device)
+        self.layers = [KeysAndValues(config, B, P, B * G, C, sampler.dtype, device) if kind == "full_attention" else
+                       deltanet.RowStates(config, B * G, sampler.dtype, device)
+                       for kind in deltanet.layer_kinds(config)]
 
     def prefill(self, prompts: Prompts) -> Tensor:
         """Encodes each prompt once; returns its last state for each of its G rows, (N, D)."""
@@ -133,12 +149,13 @@ class GroupCache:
 
         def attend_and_keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             out, key, value = attend_causally(packing, query, key, value)
-            self.prompt_keys[layer][:, :, :key.shape[2]] = key
-            self.prompt_values[layer][:, :, :key.shape[2]] = value
+            self.layers[layer].prompt_keys[:, :, :key.shape[2]] = key
+            self.layers[layer].prompt_values[:, :, :key.shape[2]] = value
             return out
 
         embeds, position_ids = embed_prompts(self.sampler, prompts), prompts.position_ids
-        hidden = text_states(self.sampler, embeds[None], position_ids[:, None], attend_and_keep)
+        hidden = text_states(self.sampler, embeds[None], position_ids[:, None], attend_and_keep,
+                             lambda module, *x: self.layers[module.layer_idx].prefill(packing, self.G, module, *x))
         return hidden[0, packing.last].repeat_interleave(self.G, dim=0)
 
     def feed(self, token: Tensor) -> Tensor:
@@ -148,25 +165,26 @@ class GroupCache:
         unseen = ~torch.cat([self.prompt_mask, own], dim=1)[:, None, None]  # (B, 1, 1, P + W) bool
         positions = (self.first_position + self.column).expand(3, 1, -1)
         embeds = self.sampler.get_input_embeddings()(token)[None, :, None]  # (1, R, 1, D)
-        hidden = text_states(self.sampler, embeds, positions, partial(self.attend, unseen=unseen))
+        hidden = text_states(self.sampler, embeds, positions, partial(self.attend, unseen=unseen),
+                             lambda module, *x: self.layers[module.layer_idx].feed(module, *x))
         self.column += 1
         return hidden[0]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:
         """Each row's new token sees its prompt and its own completion: (H, R, d), (H_kv, R, d) twice -> (R, H, d)."""
-        heads, R, d = key.shape
-        self.own_keys[layer].index_copy_(2, self.column, key.transpose(0, 1)[:, :, None])  # (R, H_kv, C, d)
-        self.own_values[layer].index_copy_(2, self.column, value.transpose(0, 1)[:, :, None])
+        cache, (heads, R, d) = self.layers[layer], key.shape
+        cache.own_keys.index_copy_(2, self.column, key.transpose(0, 1)[:, :, None])  # (R, H_kv, C, d)
+        cache.own_values.index_copy_(2, self.column, value.transpose(0, 1)[:, :, None])
         query = query.view(heads, -1, R, d).permute(2, 0, 1, 3) / math.sqrt(d)  # (R, H_kv, H / H_kv, d)
         # To its prompt's keys the G rows of a group are so many queries of one matrix product: the keys are read once,
         # not G times. (In bf16 the scores are rounded, which fused kernels avoid; sampler_gap shows what that comes
         # to.)
-        prompt_scores = self.rows_to_groups(query) @ self.prompt_keys[layer].mT  # (B, H_kv, G * H / H_kv, P)
-        own_scores = self.rows_to_groups(query @ self.own_keys[layer][:, :, :self.width].mT)  # (.., W)
+        prompt_scores = self.rows_to_groups(query) @ cache.prompt_keys.mT  # (B, H_kv, G * H / H_kv, P)
+        own_scores = self.rows_to_groups(query @ cache.own_keys[:, :, :self.width].mT)  # (.., W)
         probs = torch.cat([prompt_scores, own_scores], dim=-1).masked_fill_(unseen, -torch.inf).softmax(-1)
         prompt_probs, own_probs = probs.tensor_split([self.prompt_mask.shape[1]], dim=-1)
-        out = (self.groups_to_rows(prompt_probs @ self.prompt_values[layer])
-               + self.groups_to_rows(own_probs) @ self.own_values[layer][:, :, :self.width])  # (R, H_kv, H / H_kv, d)
+        out = (self.groups_to_rows(prompt_probs @ cache.prompt_values)
+               + self.groups_to_rows(own_probs) @ cache.own_values[:, :, :self.width])  # (R, H_kv, H / H_kv, d)
         return out.flatten(1, 2)
 
     def rows_to_groups(self, x: Tensor) -> Tensor:
@@ -190,10 +208,8 @@ class GroupCache:
             return slice(None)
         order = goes_on[groups].int().argsort(dim=1, descending=True)[:, :G]  # (B, G)
         kept = (groups[:, None] * self.G + order).flatten()  # (R,)
-        for cache, index in ((self.own_keys, kept), (self.own_values, kept),
-                             (self.prompt_keys, groups), (self.prompt_values, groups)):
-            for layer, x in enumerate(cache):  # one at a time, so that old and new are never there together
-                cache[layer] = x[index]
+        for cache in self.layers:  # one at a time, so that old and new are never there together
+            cache.keep(kept, groups)
         self.first_position, self.prompt_mask = self.first_position[kept], self.prompt_mask[groups]
         self.B, self.G = len(groups), G
         return kept
@@ -220,6 +236,8 @@ class CapturedCache(GroupCache):
     graph = None
 
     def prefill(self, prompts: Prompts) -> Tensor:
+        if self.graph is None:
+            self.capture()
         hidden = super().prefill(prompts)
         self.width = len(self.columns)
         return hidden
@@ -228,20 +246,18 @@ class CapturedCache(GroupCache):
         return slice(None)  # the graph works on the tensors that it has recorded: all rows stay where they are
 
     def feed(self, token: Tensor) -> Tensor:
-        if self.graph is None:
-            self.capture(token)
         self.token.copy_(token)
         self.graph.replay()
         return self.hidden
 
-    def capture(self, token: Tensor) -> None:
-        # As the documentation of torch.cuda.graph asks: warm up on another stream first.
-        self.token, column, side = token.clone(), self.column.clone(), torch.cuda.Stream()
+    def capture(self) -> None:
+        # As the documentation of torch.cuda.graph asks: warm up on another stream first. It leaves a token in the cache
+        # that was never sampled; `prefill` comes after it and writes all anew.
+        self.token, self.width, side = torch.zeros_like(self.first_position), len(self.columns), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             super().feed(self.token)
         torch.cuda.current_stream().wait_stream(side)
-        self.column.copy_(column)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.hidden = super().feed(self.token)

@@ -1,4 +1,4 @@
-"""What one decode step moves from logits to token and in attention, counted operator by operator; collectives.
+"""What one decode step moves from logits to token, in attention, and in states; collectives.
 
     python docs/decode_bytes.py              # of the code as it is
     python docs/decode_bytes.py 68e53be      # and at that commit (it needs the repository's history)
@@ -24,10 +24,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+import deltanet  # noqa: E402
 import runtime  # noqa: E402
 import sampler  # noqa: E402
 from model import Policy  # noqa: E402
 from scaling import SHAPES, C, G, P, bench, cache_bytes, decoded  # noqa: E402
+from simulate import RELEASES, find_config  # noqa: E402
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 LOOKUPS = "gather index index_select embedding searchsorted index_fill_ index_copy_ index_put_".split()
@@ -77,7 +79,7 @@ def step_bytes(module, s, B: int = 8, width: int = C // 2) -> tuple[int, int]:
                             empty(4, dtype=torch.int64))
         return count.bytes
 
-    def all_layers(qwen, embeds, positions, attend):
+    def all_layers(qwen, embeds, positions, attend, *_):
         for layer in range(s.layers):
             attend(layer, empty(s.H, N, d), empty(s.H_kv, N, d), empty(s.H_kv, N, d))
         return empty(1, N, s.D)
@@ -87,6 +89,22 @@ def step_bytes(module, s, B: int = 8, width: int = C // 2) -> tuple[int, int]:
     with mock.patch.object(module, "text_states", all_layers), Count() as count:
         cache.feed(empty(N, dtype=torch.int64))
     return to_token(3) - to_token(2), count.bytes
+
+
+def states_row(model: str, R: int = 8 * G) -> str:
+    """What the layers without attention of a Qwen3.5 remember, and move at a token, R rows together."""
+    qwen = runtime.empty_qwen(find_config(model), BF16, META).requires_grad_(False)
+    deltanet.add_seam(qwen)
+    layers, config = qwen.model.language_model.layers, qwen.config.text_config
+    num_layers, layer = deltanet.layer_kinds(config).count("linear_attention"), layers[0].linear_attn
+    cache = deltanet.RowStates(config, R, BF16, META)
+    H, channels = config.linear_num_value_heads, cache.inputs.shape[2]
+    with Count() as count:
+        cache.feed(layer, empty(R, channels), empty(R, H, dtype=torch.float32), empty(R, H))
+    held = num_layers * (cache.inputs.nbytes + cache.S.nbytes)
+    weights = sum(weight.nbytes for module in (layers, qwen.lm_head) for weight in module.parameters())
+    return (f"| {model} | {held / R / 1e6:.0f} | {held / 1e9:.1f} | {2 * held / 1e9:.1f} | "
+            f"{num_layers * count.bytes / 1e9:.1f} | {weights / 1e9:.1f} |")
 
 
 def operators() -> int:
@@ -130,3 +148,7 @@ if __name__ == "__main__":
     print(row("now", sampler, runtime))
     print(f"\nBeside {2 * decoded(SHAPES['7B']) / 1e6:.0f} MB of weights; the caches hold "
           f"{cache_bytes(SHAPES['7B'], 8, C // 2) / 1e6:.0f} MB. {operators()} operators in a pass.")
+    print("\n| | state of a row, MB | of 64 rows, GB | read and written once, GB | by the plain rule, GB | "
+          "weights, GB |\n| --- | --- | --- | --- | --- | --- |")
+    for model in (name for name, (model_type, *_) in RELEASES.items() if model_type == "qwen3_5"):
+        print(states_row(model))

@@ -23,7 +23,7 @@ from data import FORBIDDEN, Example, epoch_order, make_loader, user_text  # noqa
 from model import end_token_ids, vision_token_ids  # noqa: E402
 from run import write_whole  # noqa: E402
 from runtime import arg  # noqa: E402
-from sampler import completion_text  # noqa: E402
+from sampler import answer_texts  # noqa: E402
 
 
 @dataclass
@@ -54,8 +54,7 @@ def main(args: Args) -> None:
     for step, examples in enumerate(tqdm(loader, total=len(steps), disable=rank != 0)):
         examples = [example for example in examples if not example.error]
         rollout = grpo_video.sample_groups(sampler, examples, step, args, end_ids, banned_ids)
-        rows = zip(rollout.completion_ids, rollout.lengths.tolist(), rollout.ended.tolist())
-        texts = [completion_text(tokenizer, *row) for row in rows]
+        texts = answer_texts(tokenizer, examples, rollout.completion_ids, rollout.lengths, rollout.ended)
         for i, example in enumerate(examples):
             group = slice(i * args.group_size, (i + 1) * args.group_size)
             right = [text for text, ended in zip(texts[group], rollout.ended[group])

@@ -1,4 +1,4 @@
-"""Does this code make of your weights what Hugging Face's does? For each of the three families, in about a minute.
+"""Does this code make of your weights what Hugging Face's does? For each of the four families, in about a minute.
 
     python tests/check_model.py --model Qwen/Qwen2.5-VL-7B-Instruct [--dtype float32|bfloat16] [--device cpu|cuda]
 

@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 
 float64.lift()
 
+
+def pytest_configure(config):
+    """Builds the toy world before there are workers (pytest-xdist), which would build it at the same time."""
+    if not hasattr(config, "workerinput"):
+        toy.build()
+
+
 QWEN2_VL = FAMILIES["qwen2_vl"]  # the family of the toy world's base
 # 4 or 6 frames of the toy world's videos of 8 or 12 s, so that prompts are ragged.
 PIXELS = PixelSettings(fps=0.5, image_size=56)

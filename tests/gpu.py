@@ -188,8 +188,8 @@ PARTS = {  # letter: (title, what it does, what it needs, the function)
           gpu_parts.trace),
     "h": ("LoRA", "Adapters learn, and the merged export is the policy; steps at 2B and 7B with their peak memory.",
           "20 GB at 7B, 7 at 2B", gpu_parts.adapters),
-    "i": ("families", "Tiny models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the oracles of a, LoRA, steps in bf16, and "
-          "the CUDA graph.", "2 GB", gpu_parts.families)}
+    "i": ("families", "Tiny models of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: the oracles of a, LoRA, steps in "
+          "bf16, and the CUDA graph.", "2 GB", gpu_parts.families)}
 
 
 def run_part(args) -> int:

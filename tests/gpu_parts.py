@@ -304,9 +304,10 @@ def step_oracle(p, dtype: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # b. Decoding with and without the CUDA graph.
 
-def uncaptured(self: CapturedCache, token: torch.Tensor) -> None:
+def uncaptured(self: CapturedCache) -> None:
     """In place of `capture` where there is no GPU: the state machine stays, a replay runs the operators."""
-    self.token, self.hidden = token.clone(), None
+    self.token, self.width = torch.zeros_like(self.first_position), len(self.columns)
+    self.hidden = GroupCache.feed(self, self.token)  # the warm-up, which leaves something behind
 
     def replay():
         self.hidden = GroupCache.feed(self, self.token)

@@ -79,12 +79,18 @@ def text_model(hidden: int, intermediate: int, layers: int, heads: int, kv_heads
                 num_key_value_heads=kv_heads, vocab_size=vocab)
 
 
+def hybrid_model(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, linear_heads: int) -> dict:
+    return text_model(hidden, intermediate, layers, heads, kv_heads, 248320) | dict(
+        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=linear_heads)
+
+
 VISION_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
                   fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
-VISION_3 = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, num_position_embeddings=2304,
-                deepstack_visual_indexes=[5, 11, 17])
+TOWER = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, num_position_embeddings=2304)
+VISION_3 = TOWER | dict(deepstack_visual_indexes=[5, 11, 17])
 # Qwen/NAME-Instruct: model_type, text model, vision tower, whether embedding and lm_head are one, from config.json; and
-# the number of weights in its safetensors, as the hub counts them, which tests/test_simulate.py finds again.
+# the number of weights in its safetensors, as the hub counts them, which tests/test_simulate.py finds again. (Qwen3.5
+# is not called -Instruct; those of `mtp`, which nobody here loads, are not counted.)
 RELEASES = {
     "Qwen2.5-VL-3B": ("qwen2_5_vl", text_model(2048, 11008, 36, 16, 2, 151936), VISION_2_5, True, 3_754_622_976),
     "Qwen2.5-VL-7B": ("qwen2_5_vl", text_model(3584, 18944, 28, 28, 4, 152064), VISION_2_5, False, 8_292_166_656),
@@ -93,9 +99,17 @@ RELEASES = {
     "Qwen3-VL-8B": ("qwen3_vl", text_model(4096, 12288, 36, 32, 8, 151936),
                     VISION_3 | dict(depth=27, hidden_size=1152, intermediate_size=4304,
                                     deepstack_visual_indexes=[8, 16, 24]), False, 8_767_123_696),
+    "Qwen3.5-0.8B": ("qwen3_5", hybrid_model(1024, 3584, 24, 8, 2, 16),
+                     TOWER | dict(depth=12, hidden_size=768, intermediate_size=3072, num_heads=12), True, 852_985_920),
+    "Qwen3.5-2B": ("qwen3_5", hybrid_model(2048, 6144, 24, 8, 2, 16), TOWER, True, 2_213_241_664),
+    "Qwen3.5-4B": ("qwen3_5", hybrid_model(2560, 9216, 32, 16, 4, 32), TOWER, True, 4_539_265_536),
+    "Qwen3.5-9B": ("qwen3_5", hybrid_model(4096, 12288, 32, 16, 4, 32),
+                   TOWER | dict(depth=27, hidden_size=1152, intermediate_size=4304), False, 9_409_813_744),
 }
 ROPE = {"qwen2_5_vl": dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-        "qwen3_vl": dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)}
+        "qwen3_vl": dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
+        "qwen3_5": dict(rope_type="default", rope_theta=1e7, mrope_section=[11, 11, 10], mrope_interleaved=True,
+                        partial_rotary_factor=0.25)}
 
 
 def find_config(model: str):
@@ -118,7 +132,8 @@ def prompt_tokens(family: Family, num_frames: int, image_size: int) -> tuple[int
     video, image = (num_tokens(torch.tensor([time, side, side])) for time in (steps, 1))
     runs = steps + 1 if family.timestamps else 2
     stamps = steps * STAMP_TOKENS if family.timestamps else 0
-    return video, image, 2 * runs + stamps, TEXT_TOKENS - 4 - (0 if family.system else SYSTEM_TOKENS)
+    text = TEXT_TOKENS - 4 - (0 if family.system else SYSTEM_TOKENS) + (2 if family.opening else 0)  # <think> and \n
+    return video, image, 2 * runs + stamps, text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

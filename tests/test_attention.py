@@ -33,11 +33,11 @@ from data import FAMILIES, VideoDataset, load_questions
 from model import collate_prompts, embed_prompts
 from runtime import load_family, load_sampler, load_tokenizer
 from test_families import hf_inputs, own_positions
+from tiny import LIKE_QWEN3
 
 LIST = "Which steps does the video show?"  # the base answers it by looking (assets/toy_base/README.md)
 SAID = "<think>I see wash pot still, cut onion. Next is wash pot (B).</think><answer>B</answer><|im_end|>"
 STEPS = ("wash pot", "cut onion")
-SIZES = {"qwen3_vl": 64}  # of the others 56: of each time step 2 x 2 tokens
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,10 +58,15 @@ def read_example(model, world, image_size, number=0):
 
 @pytest.fixture(scope="module")
 def case(folder, device, world):
-    """(qwen, tokenizer, example, ids) of each family, in float64."""
+    """(qwen, tokenizer, example, ids) of each family, in float64; of each time step 2 x 2 tokens."""
     qwen, tokenizer = load(folder, device), load_tokenizer(folder)
-    example = read_example(folder, world, SIZES.get(qwen.config.model_type, 56))
+    example = read_example(folder, world, 64 if qwen.config.model_type in LIKE_QWEN3 else 56)
     return qwen, tokenizer, example, torch.tensor(tokenizer(SAID)["input_ids"])
+
+
+def num_layers(qwen) -> int:
+    """Those with attention."""
+    return 1 if qwen.config.model_type == "qwen3_5" else 4
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_weights_are_hugging_faces(case, folder):
     logps, recorder = forced_pass(qwen, example, ids, columns=torch.eye(num_keys, dtype=torch.bool))
     ours, entropy = recorder.result()
     want = torch.stack(out.attentions)[:, 0, :, first:-1, :-1].numpy()  # (L, H, C, T)
-    assert ours.shape == want.shape == (4, 4, len(ids), num_keys)
+    assert ours.shape == want.shape == (num_layers(qwen), 4, len(ids), num_keys)
     np.testing.assert_allclose(ours, want, rtol=0, atol=1e-6)  # theirs is a softmax in float32
     np.testing.assert_allclose(entropy, -(want * np.log(want, where=want > 0, out=0 * want)).sum(-1), atol=1e-5)
     logits = out.logits[0, first:-1].index_fill(1, attention.vision_token_ids(qwen, ids.device), -torch.inf)
@@ -108,7 +113,7 @@ def test_the_size_of_chunks_changes_nothing(case, monkeypatch):
 def test_summing_over_heads_at_once_is_summing_afterwards(case):
     qwen, _, example, ids = case
     columns, _ = key_groups(qwen.config, example, len(example.prompt_ids) + len(ids) - 1)
-    heads = torch.rand(4, 4, dtype=torch.float64)
+    heads = torch.rand(num_layers(qwen), 4, dtype=torch.float64)
     _, whole = forced_pass(qwen, example, ids, columns=columns)
     _, at_once = forced_pass(qwen, example, ids, columns=columns, heads=heads)
     want = (whole.result()[0] * heads.numpy()[:, :, None, None]).sum((0, 1))
@@ -173,7 +178,7 @@ def test_no_more_than_a_chunk_of_a_layer_exists(qwen2_folder, device, world):
 # Tokens.
 
 def test_keys_belong_to_their_time_step_and_half(case):
-    """By the positions of M-RoPE, and of Qwen3-VL by the vision_start tokens before."""
+    """By the positions of M-RoPE, and of Qwen3-VL and Qwen3.5 by the vision_start tokens before."""
     qwen, _, example, _ = case
     columns, grid = key_groups(qwen.config, example, len(example.prompt_ids) + 5)
     assert grid == (8, 2, 2) and columns.shape[1] == 17
@@ -185,10 +190,10 @@ def test_keys_belong_to_their_time_step_and_half(case):
         elif token == qwen.config.video_token_id:
             time, height = example.position_ids[:2, i].tolist()
             step = times.index(time)
-            if qwen.config.model_type == "qwen3_vl":
+            if qwen.config.model_type in LIKE_QWEN3:
                 step = (example.prompt_ids[:i] == qwen.config.vision_start_token_id).sum().item() - 1
             same = example.prompt_ids == qwen.config.video_token_id
-            if qwen.config.model_type == "qwen3_vl":
+            if qwen.config.model_type in LIKE_QWEN3:
                 same &= (example.position_ids[0] == time)
             want = [2 * step + (height > example.position_ids[1][same].min().item())]
         assert columns[i].nonzero()[:, 0].tolist() == want
@@ -244,7 +249,7 @@ def test_uniform_attention_has_the_uniform_share(case):
     qwen, tokenizer, example, ids = case
     question = dataclasses.replace(example.question, progress=STEPS)
     shown, example = ["wash pot"] * 3 + ["cut onion"] * 5, dataclasses.replace(example, question=question)
-    layers = qwen.model.language_model.layers
+    layers = [layer for layer in qwen.model.language_model.layers if hasattr(layer, "self_attn")]
     kept = [layer.self_attn.q_proj.weight.clone() for layer in layers]
     biases = [layer.self_attn.q_proj.bias for layer in layers]
     try:
@@ -259,7 +264,7 @@ def test_uniform_attention_has_the_uniform_share(case):
     assert set(one["kinds"]) == {"reasoning", "answer", "step"}
     for found in one["kinds"].values():
         np.testing.assert_allclose(found["vision"], found["uniform_vision"], rtol=1e-9)
-        np.testing.assert_allclose(found["frames"], np.tile(found["uniform_frames"], (4, 1)), rtol=1e-9)
+        np.testing.assert_allclose(found["frames"], np.tile(found["uniform_frames"], (num_layers(qwen), 1)), rtol=1e-9)
         np.testing.assert_allclose(found["entropy"], np.log(36), rtol=1e-9)
         assert found["uniform_frames"].sum() == pytest.approx(found["uniform_vision"] * 32 / 36)
     np.testing.assert_allclose(one["place"], 0.5)

@@ -11,11 +11,13 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 import check_model
 import data
+import deltanet
 import model
 import sampler
 import tiny
 from data import CLIP_MEAN, FAMILIES
 from runtime import load_tokenizer
+from tiny import LIKE_QWEN3
 
 pytestmark = pytest.mark.slow  # what `make test` has no time for
 
@@ -28,7 +30,7 @@ class Parts:
 
     def __init__(self, model_type: str, tokenizer):
         self.tokenizer, self.apply_chat_template = tokenizer, tokenizer.apply_chat_template
-        self.timestamps = model_type == "qwen3_vl"
+        self.timestamps = model_type in LIKE_QWEN3
         like = Qwen3VLVideoProcessor if self.timestamps else Qwen2VLImageProcessorPil
         self.pixels = Qwen2VLImageProcessorPil(patch_size=like.patch_size, image_mean=like.image_mean,
                                                image_std=like.image_std, do_resize=False)
@@ -90,7 +92,8 @@ def test_it_passes(folders, capsys, with_parts, model_type, dtype):
     status, found = table(capsys, folders / model_type, "--dtype", dtype)
     assert status == 0 and list(found) == CHECKS
     notes = {check for check, line in found.items() if "on purpose" in line}
-    assert notes == {"qwen2_vl": set(), "qwen2_5_vl": {"positions"}, "qwen3_vl": {"prompts"}}[model_type]
+    assert notes == {"qwen2_vl": set(), "qwen2_5_vl": {"positions"}, "qwen3_vl": {"prompts"},
+                     "qwen3_5": {"prompts"}}[model_type]
 
 
 def test_what_cannot_be_compared_is_said(folders, capsys):
@@ -160,6 +163,11 @@ def completions_see_what_comes(patch):
     patch.setattr(model.SharedPrompts, "__init__", without_mask)
 
 
+def completions_forget(patch):
+    run_rows = deltanet.run_rows
+    patch.setattr(deltanet, "run_rows", lambda *args: run_rows(*args[:5]))
+
+
 def later_completions(patch):
     plain_states = model.Policy.plain_states
     patch.setattr(model.Policy, "plain_states", lambda self, prompts, *args: plain_states(
@@ -177,6 +185,7 @@ def later_completions(patch):
     ("qwen2_vl", "float32", completions_see_what_comes, {"log-probs, shared prompts"}),
     ("qwen2_5_vl", "float32", later_completions, {"log-probs, --naive"}),
     ("qwen3_vl", "float32", no_deepstack_in(sampler), {"log-probs, sampler", "greedy"}),
+    ("qwen3_5", "float32", completions_forget, {"log-probs, shared prompts"}),
 ])
 def test_it_finds(folders, capsys, with_parts, monkeypatch, model_type, dtype, fault, want):
     monkeypatch.setattr(check_model, "NUM_TOKENS", 8)

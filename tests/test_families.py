@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as tiny random models, against Hugging Face's own classes and processors.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 as tiny random models, against Hugging Face's own classes and processors.
 
 Each was seen to fail with the difference between the families taken out; where that is a number, it stands there.
 """
@@ -24,10 +24,11 @@ from model import Policy, collate_prompts, mask_from_lengths, vision_token_ids
 from runtime import load_family, load_sampler, load_tokenizer
 from sampler import generate
 from test_model import load_args
+from tiny import LIKE_QWEN3
 
 ENDS = list(range(0, 397, 16))  # tokens that end a completion: so many, that lengths are ragged
 # 5 x 5 tokens for the first two, 4 x 4 for Qwen3-VL: more than a window, and no multiple of one.
-PIXELS = {family: PixelSettings(fps=0.5, image_size=128 if family == "qwen3_vl" else 140) for family in FAMILIES}
+PIXELS = {family: PixelSettings(fps=0.5, image_size=128 if family in LIKE_QWEN3 else 140) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -123,10 +124,17 @@ def test_a_model_with_another_chat_template_is_refused(folder, tokenizer, tmp_pa
     template = tokenizer.chat_template.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
     assert template != tokenizer.chat_template
     (other / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=r"<think>\\n', and this code .*assistant\\n'; take an -Instruct model"):
+    own_opening = json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_5"
+    message = (r"begins an answer with '<think>\\n<think>\\n'; this code knows '<think>\\n' and '<think>\\n\\n</think>"
+               if own_opening else r"<think>\\n', and this code .*assistant\\n'; take an -Instruct model")
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(str(other))
     (other / "chat_template.jinja").unlink()
-    assert load_tokenizer(str(other)).chat_template is None  # nothing to compare with
+    if own_opening:
+        with pytest.raises(ValueError, match="begins an answer with ''"):  # it is read from there
+            load_tokenizer(str(other))
+    else:
+        assert load_tokenizer(str(other)).chat_template is None  # nothing to compare with
 
 
 def test_sizes_that_are_no_whole_tokens_are_refused(tokenizer, family, world):
@@ -143,7 +151,7 @@ def test_patches_are_hugging_faces(family, qwen):
     side = PIXELS[qwen.config.model_type].image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
     # Qwen3-VL has no image processor of its own, and its video processor needs torchvision to run.
-    like = Qwen3VLVideoProcessor if qwen.config.model_type == "qwen3_vl" else Qwen2VLImageProcessorPil
+    like = Qwen3VLVideoProcessor if qwen.config.model_type in LIKE_QWEN3 else Qwen2VLImageProcessorPil
     processor = Qwen2VLImageProcessorPil(patch_size=like.patch_size, image_mean=like.image_mean,
                                          image_std=like.image_std, do_resize=False)
     want = processor(images=[Image.fromarray(pixels[0])], return_tensors="pt")
@@ -166,7 +174,7 @@ def test_prompts_are_hugging_faces(tokenizer, family, qwen, fps, num_frames, num
     want = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                          add_generation_prompt=True)
     clip = "<|vision_start|><|video_pad|><|vision_end|>"
-    if qwen.config.model_type == "qwen3_vl":
+    if qwen.config.model_type in LIKE_QWEN3:
         # The first release of its processor puts the text with timestamps in place of the clip's vision_start and
         # vision_end, transformers 5 between the two. The model was trained with the first.
         processor = SimpleNamespace(
@@ -214,7 +222,7 @@ def test_the_seconds_of_a_video_arrive(tokenizer, family, qwen, examples):
         assert times == [[8], [8, 8]]
     elif qwen.config.model_type == "qwen2_vl":
         assert times == [[1], [1, 1]]
-    assert text.count("seconds>") == 3 * (qwen.config.model_type == "qwen3_vl")
+    assert text.count("seconds>") == 3 * (qwen.config.model_type in LIKE_QWEN3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

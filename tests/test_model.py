@@ -15,6 +15,7 @@ import model as model_module
 import toy
 from bench import normalised
 from conftest import same_gradients
+from gpu_parts import uncaptured
 from grpo_video import TOY, Args, sample_groups
 from model import (
     Policy,
@@ -26,7 +27,7 @@ from model import (
     vision_token_ids,
 )
 from runtime import copy_weights, export, load_policy, load_sampler, make_sampler
-from sampler import CapturedCache, GroupCache, completion_text, draw, generate
+from sampler import CapturedCache, GroupCache, answer_texts, draw, generate
 
 
 def load_args(**changes):
@@ -446,7 +447,7 @@ def test_dropping_finished_rows_changes_nothing_but_the_work(qwen, tokenizer, ra
 
 def test_a_cache_that_is_kept_starts_anew_for_each_batch(qwen, tokenizer, ragged, monkeypatch):
     # What a CUDA graph needs, without the graph: fixed shapes, prompts padded to 64 columns, nothing of the last batch.
-    monkeypatch.setattr(CapturedCache, "feed", GroupCache.feed)
+    monkeypatch.setattr(CapturedCache, "capture", uncaptured)
     ends, banned, caches = end_token_ids(qwen, tokenizer, qwen.device), vision_token_ids(qwen, qwen.device), {}
     for examples, C in ((ragged[2:], 24), (ragged[:2], 24), (ragged[1:3], 24), (ragged[2:], 12), (ragged[2:], 1)):
         prompts = collate_prompts(examples, qwen.device)
@@ -472,11 +473,15 @@ def test_lengths_count_the_first_end_token_and_stop_there(qwen, tokenizer, ragge
     assert completions.lengths.tolist() == [1] * 8 and completions.ended.all()
 
 
-def test_completion_text_drops_the_end_token_only(tokenizer):
+def test_answer_texts_have_what_was_begun_and_no_end_token(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = torch.tensor(tokenizer("<answer>B</answer><|im_start|>")["input_ids"] + [end, end])
-    assert completion_text(tokenizer, ids, len(ids) - 1, True) == "<answer>B</answer><|im_start|>"
-    assert completion_text(tokenizer, ids, 1, False) == "<answer>"
+    examples = [SimpleNamespace(begun=begun) for begun in ("", "<think>\n")]
+    lengths = torch.tensor([len(ids) - 1, 1, len(ids) - 1, 1])
+    texts = answer_texts(tokenizer, examples, ids.expand(4, -1), lengths, torch.tensor([True, False, True, False]))
+    whole = "<answer>B</answer><|im_start|>"
+    assert texts == [whole, "<answer>", f"<think>\n{whole}", "<think>\n<answer>"]
+    assert answer_texts(tokenizer, [], ids[None][:0], lengths[:0], lengths[:0]) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

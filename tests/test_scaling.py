@@ -31,10 +31,11 @@ def test_the_tables_of_the_page_are_what_the_script_prints():
     for name, lines in printed.items():
         assert lines in PAGE, f"{name} has changed: put the output of docs/scaling.py into docs/scaling.md"
     on_page = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
-    assert len(on_page) == len(printed) + 1, "a table of another origin"  # decode_bytes.py's is the one more
+    assert len(on_page) == len(printed) + 2, "a table of another origin"  # decode_bytes.py's are the two more
     # On its own, because it makes a process group of 8 imagined ranks.
-    now, = (line for line in run("docs/decode_bytes.py").splitlines() if line.startswith("| now"))
-    assert now in PAGE, f"{now}: put the output of docs/decode_bytes.py into docs/scaling.md"
+    now, *states = (line for line in run("docs/decode_bytes.py").splitlines() if line.startswith(("| now", "| Qwen")))
+    for line in (now, *states):
+        assert line in PAGE, f"{line}: put the output of docs/decode_bytes.py into docs/scaling.md"
     # A gather for each unit: the tower's layers and the rest of it, the text model's layers, the embedding, the root.
     assert now.endswith(f" {SHAPES['7B'].depth + 1 + SHAPES['7B'].layers + 2} |")
 
@@ -76,10 +77,7 @@ def test_cache_bytes_are_those_of_the_cache():
     groups, own = 3, 5
     cache = sampler.GroupCache(SimpleNamespace(config=config, dtype=torch.bfloat16), groups, P, G, own,
                                torch.device("meta"))
-    found = 0
-    for layers in (cache.prompt_keys, cache.prompt_values, cache.own_keys, cache.own_values):
-        for layer in layers:
-            found += layer.nbytes
+    found = sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values())
     assert found == scaling.cache_bytes(SHAPES["7B"], groups, own)
 
 

@@ -32,6 +32,9 @@ DEEPSTACK = dict(depth=3, hidden_size=64, intermediate_size=640, num_heads=4, nu
                  deepstack_visual_indexes=[0, 1, 2])
 NARROW = dict(hidden_size=256, intermediate_size=512, vocab_size=1024, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=2, head_dim=48)
+HYBRID = dict(NARROW, num_hidden_layers=4, head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4,
+              linear_key_head_dim=32, linear_value_head_dim=32)
+TOWER = {name: value for name, value in DEEPSTACK.items() if name != "deepstack_visual_indexes"}
 # shape -> model_type, text model, vision tower, flags
 SHAPES = {
     # 37 million weights and short prompts: weights, gradients and moments are nearly all
@@ -47,16 +50,20 @@ SHAPES = {
     # what the tower adds behind text layers; with checkpointing the first of them keeps it until its backward pass.
     # Where `embed_prompts` drops it, in the simulation alone, the update's peak is 4.6% too low.
     "deepstack": ("qwen3_vl", NARROW, DEEPSTACK, dict(num_frames=8, image_size=192, max_completion_length=32)),
+    # states in place of keys and values, and what the rule for many tokens keeps for its backward pass
+    "hybrid": ("qwen3_5", HYBRID, TOWER, dict(num_frames=8, image_size=192, max_completion_length=32)),
 }
-OUT = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size", "qwen3_vl": "out_hidden_size"}
 
 
 def write_config(folder: Path, model_type: str, text: dict, vision: dict) -> None:
     tokens = dict(image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503)
     quarter = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 4
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [quarter, quarter // 2, quarter // 2]}
+    if model_type == "qwen3_5":
+        rope |= {"mrope_section": [quarter // 4, quarter // 8, quarter // 8], "partial_rotary_factor": 0.25}
     text = {**text, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {**copy.deepcopy(vision), OUT[model_type]: text["hidden_size"]}
+    out = "hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"
+    vision = {**copy.deepcopy(vision), out: text["hidden_size"]}
     transformers.AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **tokens,
                                       tie_word_embeddings=False).save_pretrained(folder)
 

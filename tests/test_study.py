@@ -307,7 +307,7 @@ def test_own_answers_are_right_ended_and_asked_as_grpo_asks(tmp_path, world):
 def test_own_answers_that_no_training_file_may_have_are_left_out(tmp_path, world, monkeypatch):
     """A base may write a special token, its name, into an answer that is right all the same."""
     texts = itertools.cycle([f"<think>{said}.</think><answer>B</answer>" for said in ("<|im_start|>", "")])
-    monkeypatch.setattr(own_answers, "completion_text", lambda *_: next(texts))
+    monkeypatch.setattr(own_answers, "answer_texts", lambda _, examples, ids, *__: [next(texts) for _ in ids])
     monkeypatch.setattr(grpo_video, "accuracy_reward", lambda text, example: 1.0)
     flags = dict(grpo_video.TOY) | dict(model=str(toy.BASE), data_root=str(world), num_workers=0, max_questions=8,
                                         output_file=str(tmp_path / "own.jsonl"))
@@ -523,7 +523,8 @@ def test_the_comparison_on_real_data_is_the_commands_that_are_printed(tmp_path, 
         module = SCRIPTS[command[0]]
         if command[0] == "docs/own_answers.py":
             # A random model has no right answer to give: one that answers A.
-            monkeypatch.setattr(own_answers, "completion_text", lambda *_: "<think>I see.</think><answer>A</answer>")
+            monkeypatch.setattr(own_answers, "answer_texts", lambda _, examples, ids, *__: (
+                ["<think>I see.</think><answer>A</answer>"] * len(ids)))
         module.main(runtime.parse_args(module.Args, getattr(module, "TOY", grpo_video.TOY), command[1:]))
         capsys.readouterr()
     setting = study.make_setting(study.parse(["--model", str(model), "--data_root", str(world), "--out", str(out)]))

@@ -21,14 +21,20 @@ VISION = {
                        fullatt_block_indexes=[1], tokens_per_second=2),
     "qwen3_vl": dict(depth=4, hidden_size=48, out_hidden_size=64, num_heads=3, intermediate_size=80,
                      num_position_embeddings=64, deepstack_visual_indexes=[0, 2]),
+    "qwen3_5": dict(depth=3, hidden_size=48, out_hidden_size=64, num_heads=3, intermediate_size=80,
+                    num_position_embeddings=64),
 }
+LIKE_QWEN3 = "qwen3_vl", "qwen3_5"  # tokens of 32 pixels and not of 28, timestamps, no system line
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=4096)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0) -> Path:
-    """Writes the folder and returns it. Weights are normal with a deviation of 0.1, so that no logits are all alike."""
+def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0, opening: str = r"<think>\n") -> Path:
+    """Writes the folder and returns it. Weights are normal with a deviation of 0.1, so that no logits are all alike.
+
+    `opening`: with what the chat template of Qwen3.5 begins an answer, as that of its releases from 4B on.
+    """
     tokenizer = AutoTokenizer.from_pretrained(toy.BASE)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
         ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
@@ -38,6 +44,11 @@ def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0) -> Pa
              for name, token in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
     if model_type == "qwen3_vl":
         text |= dict(head_dim=24, rope_parameters=dict(ROPE, mrope_section=[4, 4, 4], mrope_interleaved=True))
+    if model_type == "qwen3_5":  # a quarter of each head is rotated: 8 of 32; the last layer of four has attention
+        text |= dict(head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+                     linear_value_head_dim=12)
+        text["rope_parameters"] = dict(ROPE, mrope_section=[2, 1, 1], mrope_interleaved=True,
+                                       partial_rotary_factor=0.25)
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=copy.deepcopy(VISION[model_type]),
                                   tie_word_embeddings=tied, **ids)
     torch.manual_seed(seed)
@@ -45,9 +56,12 @@ def write(folder: Path, model_type: str, tied: bool = True, seed: int = 0) -> Pa
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
-    if model_type == "qwen3_vl":  # no system line
+    if model_type in LIKE_QWEN3:
         lines = tokenizer.chat_template.split("\n")
         tokenizer.chat_template = "\n".join(line for line in lines if "system" not in line)
+    if model_type == "qwen3_5":
+        header = r"<|im_start|>assistant\n"
+        tokenizer.chat_template = tokenizer.chat_template.replace(header, header + opening)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -20,7 +20,7 @@ from data import Example, control_frames, parse_answer, user_text
 from model import collate_prompts, end_token_ids, vision_token_ids
 from pretrain import LIST_QUESTION, PRETRAINING_HAZE, frames_taken, random_steps, to_example
 from runtime import load_sampler, load_tokenizer, setup
-from sampler import completion_text, generate
+from sampler import answer_texts, generate
 from toy import (
     ACTIONS,
     HAZE,
@@ -80,7 +80,7 @@ class Sampler:
             part = examples[i : i + 32]
             ids, lengths, ended, _ = generate(self.qwen, collate_prompts(part, self.qwen.device), group_size, 64,
                                               temperature, list(range(i, i + len(part))), self.end_ids, self.banned_ids)
-            rows = [completion_text(self.tokenizer, *row) for row in zip(ids, lengths.tolist(), ended.tolist())]
+            rows = answer_texts(self.tokenizer, part, ids, lengths, ended)
             texts += [rows[j : j + group_size] for j in range(0, len(rows), group_size)]
         return texts
 
