@@ -83,15 +83,11 @@ class Family:
     timestamps: bool  # True: "<1.3 seconds>" in words before the tokens of each time step
     tokens_per_second: float  # positions to a second of video, as config.json has it; 0: a time step is one position
     opening: str = ""  # what the chat template writes behind the header of the assistant turn
+    begun: str = ""  # what of it belongs to the answer: not a block that is closed in it
 
     @property
     def token_size(self) -> int:
         return self.patch_size * MERGE_SIZE
-
-    @property
-    def begun(self) -> str:
-        """The part of the opening that belongs to the answer: not a block that is closed in it."""
-        return "" if "</think>" in self.opening else self.opening
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

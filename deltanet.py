@@ -83,10 +83,9 @@ def apply_rule(rule, layer, qkv: Tensor, g: Tensor, beta: Tensor, S: Tensor | No
         # Behind the rule's name are the kernels of flash-linear-attention, if that is installed. They refuse float32.
         rule = inspect.unwrap(rule)
     qkv = F.silu(F.conv1d(qkv.mT, layer.conv1d.weight, groups=qkv.shape[2])).mT
-    query, key, value = qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    query, key = (x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key))
-    return rule(query, key, value.unflatten(-1, (-1, layer.head_v_dim)), g=g, beta=beta, initial_state=S,
-                output_final_state=True, use_qk_l2norm_in_kernel=True)
+    qkv = qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    qkv = (x.unflatten(-1, (-1, d)) for x, d in zip(qkv, (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)))
+    return rule(*qkv, g=g, beta=beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
 
 def continue_prompts(shared, layer, *inputs: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def continue_prompts(shared, layer, *inputs: Tensor) -> Tensor:
 class RowStates:
     """What a layer remembers of R rows that are sampled. S in bf16, rounded at each token, is ten times as far off."""
 
-    def __init__(self, config, R: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config, B: int, P: int, R: int, C: int, dtype: torch.dtype, device: torch.device):
         H, d_k, d_v = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
         c = 2 * config.linear_num_key_heads * d_k + H * d_v
         self.inputs = torch.zeros(R, config.linear_conv_kernel_dim - 1, c, dtype=dtype, device=device)

@@ -101,7 +101,7 @@ class RunArgs:
     num_frames: int = arg(16, "most frames of a video, even", least=2)
     min_frames: int = arg(4, "fewest frames of a video, even", least=2)
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
-    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, of Qwen3-VL and 3.5 of 32")
+    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, of Qwen3-VL, 3.5 of 32")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
@@ -371,8 +371,9 @@ def load_family(model: str) -> Family:
         raise ValueError(f"--model {model}: patches of {found[0]} pixels and {found[1]} frames, {found[2]} to a side "
                          f"of a token; a {config.model_type} must have {family.patch_size}, {TEMPORAL_PATCH_SIZE} and "
                          f"{MERGE_SIZE}, or a line of its own in FAMILIES (data.py)")
-    return replace(family, tokens_per_second=family.tokens_per_second and vision.tokens_per_second,
-                   opening=family.opening and read_opening(model))
+    opening = family.opening and read_opening(model)
+    return replace(family, tokens_per_second=family.tokens_per_second and vision.tokens_per_second, opening=opening,
+                   begun="" if "</think>" in opening else opening)
 
 
 def read_opening(model: str) -> str:
@@ -653,8 +654,8 @@ def check_length(args, dataset: VideoDataset, completion_length: int) -> None:
 
 
 def rest_of_response(question: Question, begun: str) -> Question:
-    """The question with what is left to learn of its response where the prompt has begun it, with <think>; ValueError if
-    it does not begin so."""
+    """An SFT question with what is left of its response where the prompt has begun it, with <think>; ValueError if it
+    begins otherwise."""
     if not (begun and question.response):
         return question
     before, tag, rest = question.response.partition(begun.strip())

@@ -135,8 +135,8 @@ class GroupCache:
         self.width = 0  # how many columns are read: those in use, or in a graph, which has one shape, all
         self.first_position = torch.zeros(B * G, dtype=torch.int64, device=device)
         self.prompt_mask = torch.zeros(B, P, dtype=torch.bool, device=device)
-        self.layers = [KeysAndValues(config, B, P, B * G, C, sampler.dtype, device) if kind == "full_attention" else
-                       deltanet.RowStates(config, B * G, sampler.dtype, device)
+        kinds = {"full_attention": KeysAndValues, "linear_attention": deltanet.RowStates}
+        self.layers = [kinds[kind](config, B, P, B * G, C, sampler.dtype, device)
                        for kind in deltanet.layer_kinds(config)]
 
     def prefill(self, prompts: Prompts) -> Tensor:

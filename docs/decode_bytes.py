@@ -97,7 +97,7 @@ def states_row(model: str, R: int = 8 * G) -> str:
     deltanet.add_seam(qwen)
     layers, config = qwen.model.language_model.layers, qwen.config.text_config
     num_layers, layer = deltanet.layer_kinds(config).count("linear_attention"), layers[0].linear_attn
-    cache = deltanet.RowStates(config, R, BF16, META)
+    cache = deltanet.RowStates(config, 8, P, R, C, BF16, META)
     H, channels = config.linear_num_value_heads, cache.inputs.shape[2]
     with Count() as count:
         cache.feed(layer, empty(R, channels), empty(R, H, dtype=torch.float32), empty(R, H))
