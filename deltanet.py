@@ -84,8 +84,10 @@ def apply_rule(rule, layer, qkv: Tensor, g: Tensor, beta: Tensor, S: Tensor | No
         rule = inspect.unwrap(rule)
     qkv = F.silu(F.conv1d(qkv.mT, layer.conv1d.weight, groups=qkv.shape[2])).mT
     qkv = qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    qkv = (x.unflatten(-1, (-1, d)) for x, d in zip(qkv, (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)))
-    return rule(*qkv, g=g, beta=beta, initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    *qk, value = (x.unflatten(2, (-1, d)) for x, d in zip(qkv, (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)))
+    query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in qk)  # grouped, as in attention
+    return rule(query, key, value, g=g, beta=beta, initial_state=S, output_final_state=True,
+                use_qk_l2norm_in_kernel=True)
 
 
 def continue_prompts(shared, layer, *inputs: Tensor) -> Tensor:
