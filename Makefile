@@ -1,5 +1,5 @@
-# make test      install into .venv and run the tests
-# make test-slow run the slow ones, four minutes more: the dry run of `make gpu`, the bench, scaling, runs of all families
+# make test      install into .venv and run the tests, on two cores
+# make test-slow run the slow ones, five minutes more: the dry run of `make gpu`, the bench, scaling, runs of all families
 # make test-faults   real processes, really killed, stopped and starved, six minutes more
 # make test-page the page of docs/page.py in headless Chromium, which has to be installed
 # make lint      check the style (pyproject.toml)
