@@ -405,7 +405,8 @@ def answer(sampler, tokenizer, examples: list[Example], shown: dict[str, list[st
     texts = []
     for example in examples:
         beats, options = shown.get(example.question.id, []), dict(zip("ABCD", example.options))
-        texts.append(toy.teach(beats, options[example.gold], example.gold) if options else toy.say_seen(beats))
+        text = toy.teach(beats, options[example.gold], example.gold) if options else toy.say_seen(beats)
+        texts.append(text.removeprefix(example.begun.strip()))  # what the prompt has begun is not said again
     return [torch.tensor(tokenizer(text + "<|im_end|>")["input_ids"], device=sampler.device) for text in texts]
 
 

@@ -7,8 +7,8 @@
 Source: Gated DeltaNet, arXiv 2412.06464. The rule itself is transformers', for many tokens in chunks, and for one. q, k
 and v come from a convolution over a token and the three before it. So S and three inputs of the convolution are all
 that a layer knows of the past, however long that is: a prompt is run once, and its completions begin with its state.
-But a state has no mask. Rows packed into one sequence would leak into each other (2.5 nats), so they run apart, padded
-on the right, where a token that is none neither decays nor writes anything: its g and beta are 0.
+But a state has no mask. Rows packed into one sequence would leak into each other, so they run apart, padded on the
+right, where a token that is none neither decays nor writes anything: its g and beta are 0.
 
 Letters: as in model.py; H heads of S, c channels of the convolution: q, k and v of all heads.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
-# The library's own means to read `float32_weights` from a file as they are.
+# Before a file is read: the library's own means to leave `float32_weights` in it as they are.
 qwen3_5.Qwen3_5PreTrainedModel._keep_in_fp32_modules_strict = {"A_log", "dt_bias", "linear_attn.norm"}
 
 
@@ -32,14 +32,16 @@ def layer_kinds(config) -> list[str]:
 class GatedDeltaNet(qwen3_5.Qwen3_5GatedDeltaNet):
     """The layer with a seam: `delta(layer, qkv, g, beta)` decides what is remembered, as `attend` does what is seen.
 
-    It gets (T, c) before the convolution, (T, H) at least float32, (T, H), and returns what is read, (T, H, d_v).
+    It gets qkv (T, c), before the convolution, g (T, H), at least float32, and beta (T, H); it returns what is read,
+    (T, H, d_v).
     """
 
     def forward(self, hidden_states: Tensor, attend=None, delta=None, **kwargs) -> Tensor:
         if attend is None:  # rows, padded on the right
             return super().forward(hidden_states, **kwargs)
         if delta is None:
-            raise RuntimeError("`attend` without `delta`: to layers without attention all tokens would be one row")
+            raise RuntimeError("`attend` without `delta`: layers without attention would take all tokens for one row; "
+                               "give text_states both")
         x = hidden_states[0]
         g = -wide(self.A_log).exp() * F.softplus(wide(self.in_proj_a(x)) + self.dt_bias)
         out = delta(self, self.in_proj_qkv(x), g, self.in_proj_b(x).sigmoid())
@@ -49,14 +51,14 @@ class GatedDeltaNet(qwen3_5.Qwen3_5GatedDeltaNet):
 def add_seam(qwen: PreTrainedModel) -> None:
     """Gives these layers their seam, and `float32_weights` their dtype; other families are left alone."""
     for layer in qwen.modules():
-        if isinstance(layer, qwen3_5.Qwen3_5GatedDeltaNet):
+        if type(layer) is qwen3_5.Qwen3_5GatedDeltaNet:
             layer.__class__ = GatedDeltaNet
             for weight in float32_weights(layer):
                 weight.data = wide(weight.data)
 
 
 def float32_weights(module: nn.Module) -> set[nn.Parameter]:
-    """They are float32 in the releases. In bf16 A_log would move log-probs by 0.02 nats and the norm by 0.03."""
+    """Those that releases have in float32. In bf16 they would move a tiny model's log-probs by 0.003 to 0.06 nats."""
     return {weight for layer in module.modules() if isinstance(layer, GatedDeltaNet)
             for weight in (layer.A_log, layer.dt_bias, layer.norm.weight)}
 
@@ -82,6 +84,8 @@ def apply_rule(rule, layer, qkv: Tensor, g: Tensor, beta: Tensor, S: Tensor | No
     if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
         # Behind the rule's name are the kernels of flash-linear-attention, if that is installed. They refuse float32.
         rule = inspect.unwrap(rule)
+        if not inspect.isfunction(rule):
+            raise RuntimeError("the package `kernels` hides the rule in plain torch: export USE_HUB_KERNELS=NO")
     qkv = F.silu(F.conv1d(qkv.mT, layer.conv1d.weight, groups=qkv.shape[2])).mT
     qkv = qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     *qk, value = (x.unflatten(2, (-1, d)) for x, d in zip(qkv, (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)))
@@ -99,7 +103,8 @@ def continue_prompts(shared, layer, *inputs: Tensor) -> Tensor:
 
 
 class RowStates:
-    """What a layer remembers of R rows that are sampled. S in bf16, rounded at each token, is ten times as far off."""
+    """What a layer remembers of R rows that are sampled. S in bf16, rounded at each token, would be several times as
+    far from what the learner computes."""
 
     def __init__(self, config, B: int, P: int, R: int, C: int, dtype: torch.dtype, device: torch.device):
         H, d_k, d_v = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim

@@ -290,8 +290,8 @@ def text_states(qwen: PreTrainedModel, embeds: Tensor, position_ids: Tensor, att
 
     A token sees its row up to itself (padding stands on the right, so there is no mask). With `attend` N is 1, and it
     sees what that lets it: `attend(layer, query, key, value)` is called in each layer, with (H, T, d) and (H_kv, T, d)
-    twice, rotated to their positions, and returns (T, H, d). RuntimeError where another implementation was set in the
-    meantime: it would ignore `attend`.
+    twice, rotated to their positions, and returns (T, H, d); `delta` is for Qwen3.5 what `attend` is (deltanet.py).
+    RuntimeError where another implementation was set in the meantime: it would ignore `attend`.
     """
     found = qwen.model.language_model.config._attn_implementation
     if found != "shared_prompts":

@@ -101,7 +101,7 @@ class RunArgs:
     num_frames: int = arg(16, "most frames of a video, even", least=2)
     min_frames: int = arg(4, "fewest frames of a video, even", least=2)
     fps: float = arg(2.0, "frames a second to sample between those two bounds")
-    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28, of Qwen3-VL, 3.5 of 32")
+    image_size: int = arg(252, "frames and images are resized to this square; a multiple of 28 (Qwen3-VL, 3.5: 32)")
     frame_cache: str = arg("", "folder to keep decoded frames in, for later epochs and runs; empty: none")
     video: str = arg("full", "what the model gets to see: full, or a control: " + ", ".join(list(VIDEO)[1:]))
     dtype: str = arg("auto", "compute dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float64")
@@ -383,6 +383,8 @@ def read_opening(model: str) -> str:
     question asks for reasoning, as here, with a block of their own.
     """
     chat = render_chat(model, transformers.AutoTokenizer.from_pretrained(model))
+    if not chat:
+        raise ValueError(f"--model {model}: it has no chat template, which says how an answer begins; get it whole")
     opening = chat.rpartition("<|im_start|>assistant\n")[2]
     if opening not in OPENINGS:
         raise ValueError(f"--model {model}: its chat template begins an answer with {opening!r}; "
@@ -406,7 +408,7 @@ def load_tokenizer(model: str):
 
     ValueError if its vision tokens are not those of the model: then no pixel would arrive where the model expects it,
     and whole runs have been trained without a video that nobody missed (Qwen-VL-Series-Finetune#207). The same if its
-    chat template is not that of `encode_prompt`: a -Thinking model, for one, begins its turns with <think>.
+    chat template is not that of `encode_prompt`: Qwen3-VL's -Thinking models, for one, begin their turns with <think>.
     """
     config, tokenizer = load_config(model), transformers.AutoTokenizer.from_pretrained(model)
     for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id)):
@@ -485,10 +487,10 @@ def shard(policy: Policy, device: torch.device) -> None:
         for unit in qwen.model.visual.blocks:
             fully_shard(unit, mesh=mesh, mp_policy=uncast)
         for unit in (qwen.model.visual, *qwen.model.language_model.layers):
-            wide = deltanet.float32_weights(unit)
-            fully_shard(unit, mesh=mesh, mp_policy=mixed, ignored_params=wide)
-            if wide:  # a unit of their own, which is not cast
-                others = set(unit.linear_attn.parameters()) - wide
+            float32 = deltanet.float32_weights(unit)
+            fully_shard(unit, mesh=mesh, mp_policy=mixed, ignored_params=float32)
+            if float32:  # Qwen3.5: a unit that is not cast. After its layer, from which it would hide all its module.
+                others = set(unit.linear_attn.parameters()) - float32
                 fully_shard(unit.linear_attn, mesh=mesh, mp_policy=replace(uncast, param_dtype=None),
                             ignored_params=others)
         embedding = qwen.get_input_embeddings()

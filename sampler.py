@@ -251,8 +251,8 @@ class CapturedCache(GroupCache):
         return self.hidden
 
     def capture(self) -> None:
-        # As the documentation of torch.cuda.graph asks: warm up on another stream first. It leaves a token in the cache
-        # that was never sampled; `prefill` comes after it and writes all anew.
+        # As the documentation of torch.cuda.graph asks: warm up on another stream first. `prefill` overwrites what it
+        # leaves.
         self.token, self.width, side = torch.zeros_like(self.first_position), len(self.columns), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

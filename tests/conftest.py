@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: these tests are about CPUs, on any machine
+os.environ["USE_HUB_KERNELS"] = "NO"  # before transformers, whose kernels have no source for float64.py to read
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -345,6 +345,15 @@ def looked(flags, device, tmp_path_factory):
     return attention.main(args), folder / "out"
 
 
+def test_a_run_on_qwen3_5_where_the_teacher_does_not_say_again_what_the_prompt_has_begun(flags, device, tmp_path):
+    folder = str(tiny.write(tmp_path / "model", "qwen3_5"))
+    table, = attention.main(flags(model=[folder], num_questions=6, words="true", image_size=64,
+                                  output_dir=str(tmp_path / "out")))
+    texts = ["".join(sample["tokens"]) for sample in table["samples"]]
+    assert texts and all(text.startswith("I see") and text.count("</think>") == 1 for text in texts)
+    assert all(sample["token_kinds"]["step"] for sample in table["samples"])
+
+
 def test_who_lists_the_steps_looks_at_them(looked):
     # Broken: time steps shifted by one; others hidden; its own video shown for another one.
     (seeing, _), _ = looked

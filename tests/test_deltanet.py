@@ -90,7 +90,7 @@ def test_gradients_are_those_of_rows(qwen, batch):
     ours, theirs = copy.deepcopy(qwen).requires_grad_(), copy.deepcopy(qwen).requires_grad_()
     (Policy(ours, torch.float64)(*batch)[0][batch[3]] * weights).sum().backward()
     (rows_of_hugging_face(theirs, *batch) * weights).sum().backward()
-    same_gradients(ours.model.language_model, theirs.model.language_model, rtol=1e-9)
+    same_gradients(ours.model.language_model, theirs.model.language_model, rtol=1e-12)
 
 
 def without(name: str):
@@ -105,10 +105,10 @@ def without(name: str):
     return run
 
 
-@pytest.mark.parametrize("name, least", [("S", 0.5), ("inputs", 0.5)])
-def test_without_a_part_of_the_state_they_would_not(qwen, batch, wanted, monkeypatch, name, least):
+@pytest.mark.parametrize("name", ["S", "inputs"])
+def test_without_a_part_of_the_state_they_would_not(qwen, batch, wanted, monkeypatch, name):
     monkeypatch.setattr(deltanet, "run_rows", without(name))
-    assert (logps(qwen, batch) - wanted).abs().max() > least
+    assert (logps(qwen, batch) - wanted).abs().max() > 2
 
 
 def test_packed_rows_would_leak_and_so_a_pass_without_delta_is_refused(qwen, batch, wanted, monkeypatch):
@@ -123,7 +123,7 @@ def test_packed_rows_would_leak_and_so_a_pass_without_delta_is_refused(qwen, bat
         one_row = SharedPrompts(torch.tensor([len(qkv)]), torch.tensor([1]), torch.tensor([0])).prompts
         return deltanet.run_rows(layer, one_row, qkv, g, beta)[0]
     monkeypatch.setattr(deltanet, "continue_prompts", as_one_row)
-    assert (logps(qwen, batch) - wanted).abs().max() > 1
+    assert (logps(qwen, batch) - wanted).abs().max() > 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,13 +222,31 @@ def test_weights_that_releases_have_in_float32_are_never_rounded(folder, device,
         check(load_file(tmp_path / "export/final/model.safetensors"))
 
 
+def test_they_learn_in_float32_and_what_a_bfloat16_would_lose_arrives(folder, device, tmp_path):
+    args, before = load_args(model=str(folder), dtype="bfloat16"), load_file(folder / "model.safetensors")
+    policy = runtime.load_policy(args, device)
+    ids = torch.arange(100, 104)[None]
+    policy(text_prompts([3]), torch.tensor([0]), ids, ids > 0)[0].sum().backward()
+    torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0).step()
+    sampler = dict(runtime.make_sampler(policy, device).named_parameters())
+    runtime.export(policy, load_tokenizer(str(folder)), args, tmp_path / "final")
+    exported, learned = load_file(tmp_path / "final/model.safetensors"), 0
+    for name, weight in policy.qwen.named_parameters():
+        if name.endswith(("A_log", "dt_bias", "linear_attn.norm.weight")):
+            after = weight.full_tensor().detach()
+            assert weight.grad.dtype == torch.float32 and 0 < (after - before[name]).abs().max() < 2e-5
+            assert torch.equal(sampler[name], after) and torch.equal(exported[name], after)
+            learned += 1
+    assert learned == 9
+
+
 def test_rounded_they_would_move_log_probs(qwen, batch, wanted):
-    for name in ("A_log", "norm.weight"):
+    for name, least in (("A_log", 5e-3), ("dt_bias", 2e-3), ("norm.weight", 0.05)):
         rounded = copy.deepcopy(qwen)
         for key, weight in rounded.named_parameters():
             if key.endswith(f"linear_attn.{name}"):
                 weight.data = weight.data.bfloat16().double()
-        assert (logps(rounded, batch) - wanted).abs().max() > 1e-3
+        assert (logps(rounded, batch) - wanted).abs().max() > least
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,6 +265,10 @@ def test_kernels_that_refuse_float32_are_not_asked(folder, device, batch, monkey
     qwen = load_sampler(load_args(model=str(folder), dtype="float32"), device)
     assert torch.equal(logps(qwen, batch), before)
     generate(qwen, text_prompts([5]), 2, 4, 1.0, [0], torch.tensor([299]), vision_token_ids(qwen, device))
+    # And with the package `kernels`, by which the names are modules, from which no rule can be unwrapped.
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", torch.nn.Identity())
+    with pytest.raises(RuntimeError, match="export USE_HUB_KERNELS=NO"):
+        logps(qwen, batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,13 +301,15 @@ def sft_args(folder, world, file, out):
 
 def test_sft_learns_what_is_left_of_a_response(folder, tmp_path, world, monkeypatch, device):
     questions = [json.loads(line) for line in (world / "annotations/training_with_cot_6k.jsonl").open()][:4]
+    for question in questions:  # as docs/own_answers.py writes what such a model has answered
+        question["response"] = question["response"].replace("<think>", "<think>\n")
     file, learned = tmp_path / "train.jsonl", []
     encode = sft_video.encode_response
     monkeypatch.setattr(sft_video, "encode_response", lambda tokenizer, text: learned.append(text) or encode(
         tokenizer, text))
     file.write_text("".join(json.dumps(question) + "\n" for question in questions))
     sft_video.main(sft_args(str(folder), world, file, tmp_path / "sft"))
-    assert set(learned) < {question["response"].removeprefix("<think>") for question in questions}
+    assert 2 <= len(set(learned)) and set(learned) <= {question["response"][7:].lstrip() for question in questions}
     questions[2]["response"] = "The answer is A."
     file.write_text("".join(json.dumps(question) + "\n" for question in questions))
     with pytest.raises(ValueError, match=r"end in '<think>\\n', so a response must begin with '<think>'; this one "
